@@ -1,0 +1,643 @@
+"""What every training script needs and no model does: run folders, logs, checkpoints, exact resume, devices, interrupts.
+
+A run is a folder, `runs/<name>/`, with four files:
+    args.json    what was asked for and on what: arguments, command line, versions, hardware
+    log.jsonl    one JSON object per event, appended as training goes; readable at any moment
+    best.pt      the model with the best score so far, enough to rebuild and use it
+    last.pt      everything needed to go on exactly where the run stands
+
+Checkpoints hold plain data only (tensors, numbers, strings, lists, dicts): reading one can run no code. They are written under
+a temporary name and renamed, so a file of the right name is a whole file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+VERSION = "1.0"                # of this project, noted in every run and checkpoint
+CHECKPOINT_FORMAT = 1          # raised when a checkpoint's contents change so that older code cannot read them
+
+EXIT_USER_ERROR = 2            # what argparse uses too
+EXIT_INTERRUPTED = 130         # 128 + SIGINT, the shells' custom
+
+
+# ------------------------------------------------------------------------------------------------- errors, exit status
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message says what was wrong, what was found and what to do."""
+
+
+def run_script(main: Callable[[], int | None], lower: str = "the batch size") -> NoReturn:
+    """Runs a script's `main` and exits with its status, answering expected failures in one message without a traceback.
+
+    Args:
+        main: called without arguments; returns an exit status, None for 0.
+        lower: what the user can lower when memory runs out, to end the sentence "Lower ...".
+    """
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        status = _complain(str(error))
+    except KeyboardInterrupt:
+        status = _complain("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first_line = (str(error).strip() or "the system refused to give more").splitlines()[0]
+        status = _complain(f"out of memory: {first_line}\nLower {lower}.")
+    except OSError as error:
+        if error.filename is None:             # not about a file the user can look at: a bug, and a bug needs its traceback
+            raise
+        status = _complain(f"{error.filename}: {error.strerror}")
+    sys.exit(status)
+
+
+def _complain(message: str, status: int = EXIT_USER_ERROR) -> int:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that host or device memory ran out (torch has no exception class for the host's)."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "not enough memory" in text
+                                                or "out of memory" in text)
+
+
+def warn(message: str) -> None:
+    """One line on stderr for what does not stop the run."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------- argparse value types
+
+def _number(kind: type, low: float, high: float, rule: str, low_open: bool = False, high_open: bool = False):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}") from None
+        # Written so that NaN, which compares false with everything, is refused.
+        above = value > low if low_open else value >= low
+        below = value < high if high_open else value <= high
+        if not (above and below and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return value
+    return parse
+
+
+_HUGE = 2**31 - 1              # no count in these scripts is sensible above it, and torch's sizes stay in range below it
+positive_int = _number(int, 1, _HUGE, "a whole number from 1 to 2147483647")
+non_negative_int = _number(int, 0, _HUGE, "a whole number from 0 to 2147483647")
+seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")     # numpy's range
+finite_float = _number(float, -1e30, 1e30, "a finite number")
+positive_float = _number(float, 0, 1e30, "a finite number above 0", low_open=True)
+non_negative_float = _number(float, 0, 1e30, "a finite number, 0 or more")
+fraction = _number(float, 0, 1, "at least 0 and below 1", high_open=True)          # dropout: 1 would erase everything
+probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
+
+
+# -------------------------------------------------------------------------------------------------- flags of every script
+
+# What may differ when a run goes on: it changes how long, where, or how chattily the run goes, not what it computes.
+RESUME_MAY_CHANGE = frozenset({"resume", "cuda", "log_interval", "save_every", "threads", "runs_folder"})
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the flags that have the same meaning in every training script. Returns their group."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=seed_int, default=1111, metavar="N", help="seed of all random numbers")
+    group.add_argument("--cuda", action="store_true", help="train on the GPU (all visible ones); without it on the CPU")
+    group.add_argument("--threads", type=non_negative_int, default=0, metavar="N",
+                       help="CPU threads that torch may use; 0 = its own choice")
+    group.add_argument("--log-interval", "--log_interval", type=positive_int, default=100, metavar="STEPS",
+                       help="training steps between two log entries")
+    group.add_argument("--name", default=None, help="name of the run's folder (default: script, date and time)")
+    group.add_argument("--runs-folder", default="runs", metavar="FOLDER", help="where run folders are made")
+    group.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
+                       help="also save last.pt this often within an epoch; 0 = only after each epoch")
+    group.add_argument("--resume", default=None, metavar="RUN_FOLDER",
+                       help="go on with an earlier run, exactly where its last.pt stands and with its arguments")
+    return group
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, script: str,
+                    may_change: Sequence[str] = ()) -> argparse.Namespace:
+    """Parses the command line; with `--resume RUN_FOLDER` fills in the arguments of that run.
+
+    Args:
+        parser: has the flags of `add_run_flags`.
+        argv: command line without the program, None for the process's own.
+        script: name of the calling script, as recorded in args.json.
+        may_change: names (as in the namespace) that may differ from the resumed run, beyond RESUME_MAY_CHANGE.
+
+    Raises:
+        UserError: the folder cannot be resumed, or the command line contradicts its arguments.
+    """
+    plain = parser.parse_args(argv)
+    if plain.resume is None:
+        return plain
+    absent = object()          # argparse leaves attributes that are already set alone: what still holds this was not given
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(plain), absent))))
+    given = {name: value for name, value in given.items() if value is not absent}
+
+    folder = Path(plain.resume)
+    saved = _saved_arguments(folder, parser, script)
+    allowed = RESUME_MAY_CHANGE | set(may_change)
+    merged = {name: saved.get(name, default) for name, default in vars(plain).items() if name not in given}
+    for name, value in given.items():
+        if name not in allowed and value != saved.get(name, parser.get_default(name)):
+            flag = _flag_of(parser, name)
+            raise UserError(f"{flag} cannot change when a run is resumed: {folder} was started with "
+                            f"{saved.get(name, parser.get_default(name))!r}, got {value!r}. Leave {flag} away, "
+                            "or start a new run without --resume.")
+        merged[name] = value
+    return argparse.Namespace(**merged)
+
+
+def _flag_of(parser: argparse.ArgumentParser, name: str) -> str:
+    return next(action.option_strings[0] for action in parser._actions if action.dest == name)
+
+
+def _saved_arguments(folder: Path, parser: argparse.ArgumentParser, script: str) -> dict[str, Any]:
+    """The arguments in a run folder's args.json, each checked as the command line would be."""
+    if not folder.is_dir():
+        raise UserError(f"--resume needs the folder of an earlier run, got {folder}, which is "
+                        f"{'a file' if folder.exists() else 'not there'}.")
+    path = folder / "args.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        saved, started_by = dict(record["arguments"]), str(record["script"])
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run folder: it has no args.json. "
+                        "--resume needs a folder made by an earlier run.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}). Start a new run.") from None
+    if started_by != script:
+        raise UserError(f"{folder} is a run of {started_by}.py, this is {script}.py. Resume it with {started_by}.py.")
+    for action in parser._actions:
+        values = saved.get(action.dest)
+        if values is None or not action.option_strings:
+            continue
+        for value in values if isinstance(values, list) else [values]:
+            try:
+                if action.nargs == 0:
+                    valid = isinstance(value, bool)
+                else:
+                    valid = (action.type(str(value)) if action.type else str(value)) == value
+                    valid = valid and (action.choices is None or value in action.choices)
+            except (argparse.ArgumentTypeError, ValueError):
+                valid = False
+            if not valid:
+                raise UserError(f"{path} holds {value!r} for {action.option_strings[0]}, which is no valid value. "
+                                "Was it edited? Put the old value back or start a new run.")
+    return saved
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file so that `path` is at every moment absent, the old whole file or the new whole file.
+
+    Args:
+        path: file to write; its folder must exist.
+        write: called with a binary file open for writing, in the same folder.
+
+    Raises:
+        whatever `write` or the file system raises; the temporary file is then removed and `path` is as it was.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner's eyes only; give this one the mode that open() would have given.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)     # the only portable way to read it is to set it
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut, where the system can (not on Windows)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def create_run_folder(root: str | Path, name: str | None, script: str) -> Path:
+    """Makes a new folder for a run under `root` and returns it; never one that was there before.
+
+    Args:
+        root: made when missing.
+        name: the folder's name, None for script, date and time, as in 'train_rmc-2026-11-22-131500'.
+        script: name of the script without '.py'.
+
+    Raises:
+        UserError: the name is taken or not a plain name, or `root` cannot be written.
+    """
+    root = Path(root)
+    if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise UserError(f"--name must be at most 100 letters, digits, '-', '_' and '.', starting with a letter or digit, "
+                        f"got {name!r}.")
+    base = name or f"{script}-{time.strftime('%Y-%m-%d-%H%M%S')}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):
+            folder = root / (base if attempt == 1 else f"{base}-{attempt}")
+            try:
+                folder.mkdir()             # atomic: of two runs started in the same second one gets it
+                return folder
+            except FileExistsError:
+                if name is not None:
+                    raise UserError(f"{folder} is there already. Choose another --name, or go on with that run: "
+                                    f"--resume {folder}") from None
+    except OSError as error:
+        raise UserError(f"cannot make a run folder in {root}: {error.strerror}. Give another --runs-folder.") from None
+    raise UserError(f"{root} has a thousand runs named {base}. Give a --name.")
+
+
+def newest_run(root: str | Path, scripts: Sequence[str] | None = None) -> Path | None:
+    """The run folder under `root` whose best.pt was written last, of the given scripts only; None if there is none."""
+    runs = [path.parent for path in Path(root).glob("*/best.pt") if scripts is None or _script_of(path.parent) in scripts]
+    return max(runs, key=lambda folder: (folder / "best.pt").stat().st_mtime, default=None)
+
+
+def _script_of(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "args.json").read_text(encoding="utf-8"))["script"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_arguments(folder: Path, script: str, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any) -> None:
+    """Writes args.json: the arguments, the command line, versions and hardware, and further `facts` of the run."""
+    record = {"script": script, "arguments": vars(args), "command_line": list(sys.argv[1:] if argv is None else argv),
+              "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "environment": describe_environment(), **facts}
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(folder / "args.json", lambda file: file.write(text.encode("utf-8")))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and hardware, for the record of a run."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {"project": VERSION, "commit": _git_commit(), "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "platform": platform.platform(), "cpu": _cpu_name(), "cpu_cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "gpus": gpus, "cuda": torch.version.cuda}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    try:
+        answer = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                                capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+# --------------------------------------------------------------------------------------------------------------- log
+
+class RunLog:
+    """Appends events to a log file, one JSON object per line, each line flushed as it is written."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        # A run that was killed may have left half a line; end it, so that it spoils only itself.
+        with open(self.path, "ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Appends one event. Non-finite numbers become null, as JSON has no word for them. A failed write only warns:
+        no log line is worth a run."""
+        line = json.dumps({"event": event, **{key: _finite_or_none(value) for key, value in fields.items()}},
+                          ensure_ascii=False, allow_nan=False)
+        try:
+            with open(self.path, "ab") as file:       # opened anew each time: a log moved or a disk remounted is no end
+                file.write(line.encode("utf-8") + b"\n")
+        except OSError as error:
+            warn(f"could not write to {self.path}: {error.strerror}; training goes on")
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The events of a log, in order, each once.
+
+    A half-written last line is skipped. An event {"event": "resume", "step": s} takes back what was logged after step s:
+    the run went on from there and logged those steps again.
+    """
+    events: list[dict[str, Any]] = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(event, dict):
+                continue
+            if event.get("event") == "resume":
+                events = [earlier for earlier in events if earlier.get("step", 0) <= event.get("step", 0)]
+            events.append(event)
+    return events
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
+    """Writes a checkpoint of plain data (tensors, numbers, strings, None, lists, tuples, dicts), whole or not at all."""
+    record = {"format": CHECKPOINT_FORMAT, "project": VERSION, "torch": torch.__version__, **contents}
+    record["torch"] = str(record["torch"])             # torch's own version type would not load with weights_only=True
+    atomic_write(path, lambda file: torch.save(record, file))
+
+
+def try_save_checkpoint(path: str | Path, contents: dict[str, Any]) -> bool:
+    """`save_checkpoint`, but a failure (disk full, folder gone) only warns: the earlier file stays and training goes on."""
+    try:
+        save_checkpoint(path, contents)
+    except (OSError, RuntimeError) as error:           # torch's zip writer turns some failed writes into RuntimeError
+        if is_out_of_memory(error):
+            raise
+        kept = "the one written before is kept" if Path(path).exists() else "there is none before it"
+        warn(f"could not write {path} ({str(error).splitlines()[0]}); {kept}, training goes on")
+        return False
+    return True
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint. Nothing in the file can run code, and a damaged file is refused rather than half used.
+
+    Args:
+        path: a file written by `save_checkpoint`.
+        device: where its tensors go, whatever device they were saved from.
+
+    Raises:
+        UserError: the file is missing, truncated, altered, not a checkpoint of this project, or of a newer version of it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: it is {'a folder' if path.is_dir() else 'not there'}.")
+    try:
+        _check_archive(path)
+        contents = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
+    except Exception as error:                         # pickle, zip and torch raise almost anything on foreign bytes
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({reason}). "
+                        "Use another checkpoint.") from None
+    if not isinstance(contents, dict) or "format" not in contents:
+        raise UserError(f"{path} is not a checkpoint of this project. Use a best.pt or last.pt from a run folder.")
+    if contents["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} has checkpoint format {contents['format']!r} (project version {contents.get('project')!r}), "
+                        f"this version ({VERSION}) reads format {CHECKPOINT_FORMAT}. "
+                        "Use the version of the project that wrote it.")
+    for tensor in _tensors(contents):
+        # A tensor may claim any size over a small storage (stride 0): harmless as it lies, a bomb once copied.
+        if tensor.layout is not torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path} holds a tensor of shape {tuple(tensor.shape)} with less data than its shape claims. "
+                            "Use another checkpoint.")
+    return contents
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError or zipfile's errors unless the file is an archive as torch.save makes it, with intact contents."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        # torch stores without compression; compressed entries could unfold to any size.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed entries")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("entries larger than the file")
+        damaged = archive.testzip()                    # torch.load itself does not compare the checksums
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged} is wrong")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+# ------------------------------------------------------------------------------------------------- randomness, devices
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch (all devices), numpy and Python."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random number generators, as plain data for a checkpoint."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "python": random.getstate(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss))}
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Puts back what `random_states` returned. GPU states are left out where the number of GPUs is another."""
+    torch.set_rng_state(states["torch"].cpu())
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    if states["cuda"] and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def choose_device(cuda: bool, threads: int = 0) -> torch.device:
+    """The device to compute on, said in one line.
+
+    Args:
+        cuda: the user asked for the GPU.
+        threads: CPU threads for torch, 0 for its own choice.
+
+    Raises:
+        UserError: a GPU was asked for and there is none that torch can use.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if not cuda:
+        unused = " (a GPU is there and unused: --cuda uses it)" if torch.cuda.is_available() else ""
+        print(f"device: CPU, {torch.get_num_threads()} threads{unused}", flush=True)
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        why = "torch was installed without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
+        raise UserError(f"--cuda was given but {why} (torch {torch.__version__}). Leave --cuda away to run on the CPU, "
+                        "or install a CUDA build of torch and check that nvidia-smi lists the GPU.")
+    count = torch.cuda.device_count()
+    print(f"device: {count} x GPU {torch.cuda.get_device_name(0)}" if count > 1
+          else f"device: GPU {torch.cuda.get_device_name(0)}", flush=True)
+    return torch.device("cuda", 0)
+
+
+def wrap_data_parallel(model: nn.Module, device: torch.device, batch_size: int) -> nn.Module:
+    """The model as it is, or spread over the visible GPUs along the batch, at most one GPU per example.
+
+    Every argument and result of the model's forward must have the batch (or one row per replica) as its first dimension.
+    """
+    count = min(torch.cuda.device_count(), batch_size) if device.type == "cuda" else 1
+    return nn.DataParallel(model, device_ids=list(range(count))) if count > 1 else model
+
+
+# --------------------------------------------------------------------------------------------- interrupts, time, progress
+
+class Interrupts:
+    """While it is open, Ctrl-C and SIGTERM do not break in but set `requested`, to be looked at between steps.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where signals cannot be caught, nothing happens.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None        # 'SIGINT' or 'SIGTERM'
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+        # os.write, as print may already be at work in the code that the signal broke into.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step (Ctrl-C again: at once)\n")
+
+    @property
+    def exit_status(self) -> int:
+        """128 + signal number, the shells' custom; 0 if nothing was requested."""
+        return 128 + signal.Signals[self.requested].value if self.requested else 0
+
+
+class Alarm:
+    """Says when the next timed save is due."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = minutes * 60
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """True once per period, never when the period is 0."""
+        if not self.seconds or time.monotonic() - self.last < self.seconds:
+            return False
+        self.reset()
+        return True
+
+    def reset(self) -> None:
+        """Starts a new period now."""
+        self.last = time.monotonic()
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+        total: steps in all.
+        done: steps already taken (a resumed run).
+        label: text before the bar and before every plain line.
+        quiet: no plain lines for the reports (a short evaluation), the bar only.
+    """
+
+    def __init__(self, total: int, label: str, done: int = 0, unit: str = "step", quiet: bool = False) -> None:
+        self.total, self.done, self.label, self.quiet = total, done, label, quiet
+        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, leave=False,
+                        disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def advance(self, steps: int = 1) -> None:
+        """Counts steps."""
+        self.done += steps
+        self.bar.update(steps)
+
+    def report(self, text: str) -> None:
+        """Shows numbers: beside the bar, or as a line."""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text)
+        elif not self.quiet:
+            print(f"{self.label} {self.done:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
+
+
+def say(text: str) -> None:
+    """Prints a line without tearing a progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
