@@ -1,4 +1,4 @@
-"""What every training script needs and no model does: run folders, logs, checkpoints, exact resume, devices, interrupts.
+"""What training scripts share and models need not know: run folders, logs, checkpoints, devices, interrupts.
 
 A run is a folder, `runs/<name>/`, with four files:
     args.json    what was asked for and on what: arguments, command line, versions, hardware
@@ -6,8 +6,8 @@ A run is a folder, `runs/<name>/`, with four files:
     best.pt      the model with the best score so far, enough to rebuild and use it
     last.pt      everything needed to go on exactly where the run stands
 
-Checkpoints hold plain data only (tensors, numbers, strings, lists, dicts): reading one can run no code. They are written under
-a temporary name and renamed, so a file of the right name is a whole file.
+Checkpoints hold plain data only (tensors, numbers, strings, lists, dicts): reading one can run no code. They
+are written under a temporary name and renamed, so a file of the right name is a whole file.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-VERSION = "1.0"                # of this project, noted in every run and checkpoint
-CHECKPOINT_FORMAT = 1          # raised when a checkpoint's contents change so that older code cannot read them
+VERSION = "1.0"  # of this project, noted in every run and checkpoint
+CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change so that older code cannot read them
 
-EXIT_USER_ERROR = 2            # what argparse uses too
-EXIT_INTERRUPTED = 130         # 128 + SIGINT, the shells' custom
+EXIT_USER_ERROR = 2  # what argparse uses too
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shells' custom
 
 
-# ------------------------------------------------------------------------------------------------- errors, exit status
+# ---- errors, exit status
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message says what was wrong, what was found and what to do."""
 
 
 def run_script(main: Callable[[], int | None], lower: str = "the batch size") -> NoReturn:
-    """Runs a script's `main` and exits with its status, answering expected failures in one message without a traceback.
+    """Runs a script's `main` and exits with its status; expected failures get one message and no traceback.
 
     Args:
         main: called without arguments; returns an exit status, None for 0.
@@ -64,7 +65,7 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
     except KeyboardInterrupt:
         status = _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone. Python would complain once more when it flushes stdout at exit.
+        # The reader of our output (head, less) has gone; without this, Python complains again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (MemoryError, RuntimeError) as error:
@@ -73,7 +74,9 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
         first_line = (str(error).strip() or "the system refused to give more").splitlines()[0]
         status = _complain(f"out of memory: {first_line}\nLower {lower}.")
     except OSError as error:
-        if error.filename is None:             # not about a file the user can look at: a bug, and a bug needs its traceback
+        if (
+            error.filename is None
+        ):  # not about a file the user can look at: a bug, and a bug needs its traceback
             raise
         status = _complain(f"{error.filename}: {error.strerror}")
     sys.exit(status)
@@ -86,12 +89,13 @@ def _complain(message: str, status: int = EXIT_USER_ERROR) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that host or device memory ran out (torch has no exception class for the host's)."""
+    """Whether an exception says that host or device memory ran out (torch has no class for the host's)."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "not enough memory" in text
-                                                or "out of memory" in text)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in text or "not enough memory" in text or "out of memory" in text
+    )
 
 
 def warn(message: str) -> None:
@@ -99,7 +103,8 @@ def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-# -------------------------------------------------------------------------------------------------- argparse value types
+# ---- argparse value types
+
 
 def _number(kind: type, low: float, high: float, rule: str, low_open: bool = False, high_open: bool = False):
     def parse(text: str):
@@ -113,23 +118,24 @@ def _number(kind: type, low: float, high: float, rule: str, low_open: bool = Fal
         if not (above and below and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value
+
     return parse
 
 
-_HUGE = 2**31 - 1              # no count in these scripts is sensible above it, and torch's sizes stay in range below it
+_HUGE = 2**31 - 1  # no count in these scripts is sensible above it, and torch's sizes stay in range below it
 positive_int = _number(int, 1, _HUGE, "a whole number from 1 to 2147483647")
 non_negative_int = _number(int, 0, _HUGE, "a whole number from 0 to 2147483647")
-seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")     # numpy's range
+seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")  # numpy's range
 finite_float = _number(float, -1e30, 1e30, "a finite number")
 positive_float = _number(float, 0, 1e30, "a finite number above 0", low_open=True)
 non_negative_float = _number(float, 0, 1e30, "a finite number, 0 or more")
-fraction = _number(float, 0, 1, "at least 0 and below 1", high_open=True)          # dropout: 1 would erase everything
+fraction = _number(float, 0, 1, "at least 0 and below 1", high_open=True)  # dropout: 1 would erase everything
 probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
 
 
-# -------------------------------------------------------------------------------------------------- flags of every script
+# ---- flags of every script
 
-# What may differ when a run goes on: it changes how long, where, or how chattily the run goes, not what it computes.
+# What may differ when a run goes on: where it runs and how much it tells and saves, not what it computes.
 RESUME_MAY_CHANGE = frozenset({"resume", "cuda", "log_interval", "save_every", "threads", "runs_folder"})
 
 
@@ -137,29 +143,54 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the flags that have the same meaning in every training script. Returns their group."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=seed_int, default=1111, metavar="N", help="seed of all random numbers")
-    group.add_argument("--cuda", action="store_true", help="train on the GPU (all visible ones); without it on the CPU")
-    group.add_argument("--threads", type=non_negative_int, default=0, metavar="N",
-                       help="CPU threads that torch may use; 0 = its own choice")
-    group.add_argument("--log-interval", "--log_interval", type=positive_int, default=100, metavar="STEPS",
-                       help="training steps between two log entries")
-    group.add_argument("--name", default=None, help="name of the run's folder (default: script, date and time)")
+    group.add_argument(
+        "--cuda", action="store_true", help="train on the GPU (all visible ones); without it on the CPU"
+    )
+    group.add_argument(
+        "--threads",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="CPU threads that torch may use; 0 = its own choice",
+    )
+    group.add_argument(
+        "--log-interval",
+        "--log_interval",
+        type=positive_int,
+        default=100,
+        metavar="STEPS",
+        help="training steps between two log entries",
+    )
+    group.add_argument(
+        "--name", default=None, help="name of the run's folder (default: script, date and time)"
+    )
     group.add_argument("--runs-folder", default="runs", metavar="FOLDER", help="where run folders are made")
-    group.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
-                       help="also save last.pt this often within an epoch; 0 = only after each epoch")
-    group.add_argument("--resume", default=None, metavar="RUN_FOLDER",
-                       help="go on with an earlier run, exactly where its last.pt stands and with its arguments")
+    group.add_argument(
+        "--save-every",
+        type=non_negative_float,
+        default=10.0,
+        metavar="MINUTES",
+        help="also save last.pt this often within an epoch; 0 = only after each epoch",
+    )
+    group.add_argument(
+        "--resume",
+        default=None,
+        metavar="RUN_FOLDER",
+        help="go on with an earlier run, exactly where its last.pt stands and with its arguments",
+    )
     return group
 
 
-def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, script: str,
-                    may_change: Sequence[str] = ()) -> argparse.Namespace:
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, script: str, may_change: Sequence[str] = ()
+) -> argparse.Namespace:
     """Parses the command line; with `--resume RUN_FOLDER` fills in the arguments of that run.
 
     Args:
         parser: has the flags of `add_run_flags`.
         argv: command line without the program, None for the process's own.
         script: name of the calling script, as recorded in args.json.
-        may_change: names (as in the namespace) that may differ from the resumed run, beyond RESUME_MAY_CHANGE.
+        may_change: names, as in the namespace, that may differ too, besides RESUME_MAY_CHANGE.
 
     Raises:
         UserError: the folder cannot be resumed, or the command line contradicts its arguments.
@@ -167,7 +198,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
     plain = parser.parse_args(argv)
     if plain.resume is None:
         return plain
-    absent = object()          # argparse leaves attributes that are already set alone: what still holds this was not given
+    absent = object()  # argparse leaves an attribute that is there alone: what still holds this was not given
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(plain), absent))))
     given = {name: value for name, value in given.items() if value is not absent}
 
@@ -178,9 +209,11 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
     for name, value in given.items():
         if name not in allowed and value != saved.get(name, parser.get_default(name)):
             flag = _flag_of(parser, name)
-            raise UserError(f"{flag} cannot change when a run is resumed: {folder} was started with "
-                            f"{saved.get(name, parser.get_default(name))!r}, got {value!r}. Leave {flag} away, "
-                            "or start a new run without --resume.")
+            raise UserError(
+                f"{flag} cannot change when a run is resumed: {folder} was started with "
+                f"{saved.get(name, parser.get_default(name))!r}, got {value!r}. Leave {flag} away, "
+                "or start a new run without --resume."
+            )
         merged[name] = value
     return argparse.Namespace(**merged)
 
@@ -192,19 +225,27 @@ def _flag_of(parser: argparse.ArgumentParser, name: str) -> str:
 def _saved_arguments(folder: Path, parser: argparse.ArgumentParser, script: str) -> dict[str, Any]:
     """The arguments in a run folder's args.json, each checked as the command line would be."""
     if not folder.is_dir():
-        raise UserError(f"--resume needs the folder of an earlier run, got {folder}, which is "
-                        f"{'a file' if folder.exists() else 'not there'}.")
+        raise UserError(
+            f"--resume needs the folder of an earlier run, got {folder}, which is "
+            f"{'a file' if folder.exists() else 'not there'}."
+        )
     path = folder / "args.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         saved, started_by = dict(record["arguments"]), str(record["script"])
     except FileNotFoundError:
-        raise UserError(f"{folder} is not a run folder: it has no args.json. "
-                        "--resume needs a folder made by an earlier run.") from None
+        raise UserError(
+            f"{folder} is not a run folder: it has no args.json. "
+            "--resume needs a folder made by an earlier run."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}). Start a new run.") from None
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). Start a new run."
+        ) from None
     if started_by != script:
-        raise UserError(f"{folder} is a run of {started_by}.py, this is {script}.py. Resume it with {started_by}.py.")
+        raise UserError(
+            f"{folder} is a run of {started_by}.py, this is {script}.py. Resume it with {started_by}.py."
+        )
     for action in parser._actions:
         values = saved.get(action.dest)
         if values is None or not action.option_strings:
@@ -219,12 +260,15 @@ def _saved_arguments(folder: Path, parser: argparse.ArgumentParser, script: str)
             except (argparse.ArgumentTypeError, ValueError):
                 valid = False
             if not valid:
-                raise UserError(f"{path} holds {value!r} for {action.option_strings[0]}, which is no valid value. "
-                                "Was it edited? Put the old value back or start a new run.")
+                raise UserError(
+                    f"{path} holds {value!r} for {action.option_strings[0]}, which is no valid value. "
+                    "Was it edited? Put the old value back or start a new run."
+                )
     return saved
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# ---- files
+
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
     """Writes a file so that `path` is at every moment absent, the old whole file or the new whole file.
@@ -234,7 +278,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         write: called with a binary file open for writing, in the same folder.
 
     Raises:
-        whatever `write` or the file system raises; the temporary file is then removed and `path` is as it was.
+        whatever `write` or the file system raises; the temporary file is removed, `path` is as before.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -254,7 +298,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0o022)     # the only portable way to read it is to set it
+    mask = os.umask(0o022)  # the only portable way to read it is to set it
     os.umask(mask)
     return mask
 
@@ -282,28 +326,38 @@ def create_run_folder(root: str | Path, name: str | None, script: str) -> Path:
     """
     root = Path(root)
     if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
-        raise UserError(f"--name must be at most 100 letters, digits, '-', '_' and '.', starting with a letter or digit, "
-                        f"got {name!r}.")
+        raise UserError(
+            f"--name must be at most 100 letters, digits, '-', '_' and '.', starting with a letter or digit, "
+            f"got {name!r}."
+        )
     base = name or f"{script}-{time.strftime('%Y-%m-%d-%H%M%S')}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, 1000):
             folder = root / (base if attempt == 1 else f"{base}-{attempt}")
             try:
-                folder.mkdir()             # atomic: of two runs started in the same second one gets it
+                folder.mkdir()  # atomic: of two runs started in the same second one gets it
                 return folder
             except FileExistsError:
                 if name is not None:
-                    raise UserError(f"{folder} is there already. Choose another --name, or go on with that run: "
-                                    f"--resume {folder}") from None
+                    raise UserError(
+                        f"{folder} is there already. Choose another --name, or go on with that run: "
+                        f"--resume {folder}"
+                    ) from None
     except OSError as error:
-        raise UserError(f"cannot make a run folder in {root}: {error.strerror}. Give another --runs-folder.") from None
+        raise UserError(
+            f"cannot make a run folder in {root}: {error.strerror}. Give another --runs-folder."
+        ) from None
     raise UserError(f"{root} has a thousand runs named {base}. Give a --name.")
 
 
 def newest_run(root: str | Path, scripts: Sequence[str] | None = None) -> Path | None:
-    """The run folder under `root` whose best.pt was written last, of the given scripts only; None if there is none."""
-    runs = [path.parent for path in Path(root).glob("*/best.pt") if scripts is None or _script_of(path.parent) in scripts]
+    """The run folder under `root` whose best.pt was written last, of the given scripts' runs; or None."""
+    runs = [
+        path.parent
+        for path in Path(root).glob("*/best.pt")
+        if scripts is None or _script_of(path.parent) in scripts
+    ]
     return max(runs, key=lambda folder: (folder / "best.pt").stat().st_mtime, default=None)
 
 
@@ -314,20 +368,42 @@ def _script_of(folder: Path) -> str | None:
         return None
 
 
-def write_arguments(folder: Path, script: str, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any) -> None:
-    """Writes args.json: the arguments, the command line, versions and hardware, and further `facts` of the run."""
-    record = {"script": script, "arguments": vars(args), "command_line": list(sys.argv[1:] if argv is None else argv),
-              "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "environment": describe_environment(), **facts}
+def write_arguments(
+    folder: Path, script: str, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any
+) -> None:
+    """Writes args.json: arguments, command line, versions, hardware, and further `facts` of the run."""
+    record = {
+        "script": script,
+        "arguments": vars(args),
+        "command_line": list(sys.argv[1:] if argv is None else argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "environment": describe_environment(),
+        **facts,
+    }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     atomic_write(folder / "args.json", lambda file: file.write(text.encode("utf-8")))
 
 
 def describe_environment() -> dict[str, Any]:
     """Versions and hardware, for the record of a run."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return {"project": VERSION, "commit": _git_commit(), "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "platform": platform.platform(), "cpu": _cpu_name(), "cpu_cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpus": gpus, "cuda": torch.version.cuda}
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
+    return {
+        "project": VERSION,
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }
 
 
 def _cpu_name() -> str:
@@ -340,14 +416,19 @@ def _cpu_name() -> str:
 
 def _git_commit() -> str | None:
     try:
-        answer = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                                capture_output=True, text=True, timeout=5)
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
-# --------------------------------------------------------------------------------------------------------------- log
+# ---- log
+
 
 class RunLog:
     """Appends events to a log file, one JSON object per line, each line flushed as it is written."""
@@ -363,12 +444,19 @@ class RunLog:
                     file.write(b"\n")
 
     def write(self, event: str, **fields: Any) -> None:
-        """Appends one event. Non-finite numbers become null, as JSON has no word for them. A failed write only warns:
-        no log line is worth a run."""
-        line = json.dumps({"event": event, **{key: _finite_or_none(value) for key, value in fields.items()}},
-                          ensure_ascii=False, allow_nan=False)
+        """Appends one event. Non-finite numbers become null, for which JSON has no word.
+
+        A failed write only warns: no log line is worth a run.
+        """
+        line = json.dumps(
+            {"event": event, **{key: _finite_or_none(value) for key, value in fields.items()}},
+            ensure_ascii=False,
+            allow_nan=False,
+        )
         try:
-            with open(self.path, "ab") as file:       # opened anew each time: a log moved or a disk remounted is no end
+            with open(
+                self.path, "ab"
+            ) as file:  # opened anew each time: a log moved or a disk remounted is no end
                 file.write(line.encode("utf-8") + b"\n")
         except OSError as error:
             warn(f"could not write to {self.path}: {error.strerror}; training goes on")
@@ -381,8 +469,8 @@ def _finite_or_none(value: Any) -> Any:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The events of a log, in order, each once.
 
-    A half-written last line is skipped. An event {"event": "resume", "step": s} takes back what was logged after step s:
-    the run went on from there and logged those steps again.
+    A half-written line is skipped. An event {"event": "resume", "step": s} takes back what was logged after
+    step s: the run went on from there and logged those steps again.
     """
     events: list[dict[str, Any]] = []
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -399,20 +487,20 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return events
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints
+
 
 def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
-    """Writes a checkpoint of plain data (tensors, numbers, strings, None, lists, tuples, dicts), whole or not at all."""
-    record = {"format": CHECKPOINT_FORMAT, "project": VERSION, "torch": torch.__version__, **contents}
-    record["torch"] = str(record["torch"])             # torch's own version type would not load with weights_only=True
+    """Writes plain data (tensors, numbers, strings, None, lists, tuples, dicts), all or nothing."""
+    record = {"format": CHECKPOINT_FORMAT, "project": VERSION, "torch": str(torch.__version__), **contents}
     atomic_write(path, lambda file: torch.save(record, file))
 
 
 def try_save_checkpoint(path: str | Path, contents: dict[str, Any]) -> bool:
-    """`save_checkpoint`, but a failure (disk full, folder gone) only warns: the earlier file stays and training goes on."""
+    """`save_checkpoint`, but a failure (disk full, folder gone) only warns, and the earlier file stays."""
     try:
         save_checkpoint(path, contents)
-    except (OSError, RuntimeError) as error:           # torch's zip writer turns some failed writes into RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns some failed writes into RuntimeError
         if is_out_of_memory(error):
             raise
         kept = "the one written before is kept" if Path(path).exists() else "there is none before it"
@@ -422,14 +510,14 @@ def try_save_checkpoint(path: str | Path, contents: dict[str, Any]) -> bool:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint. Nothing in the file can run code, and a damaged file is refused rather than half used.
+    """Reads a checkpoint. Nothing in the file can run code; a damaged file is refused, not half used.
 
     Args:
         path: a file written by `save_checkpoint`.
         device: where its tensors go, whatever device they were saved from.
 
     Raises:
-        UserError: the file is missing, truncated, altered, not a checkpoint of this project, or of a newer version of it.
+        UserError: the file is missing, damaged, no checkpoint of this project, or of another format version.
     """
     path = Path(path)
     if not path.is_file():
@@ -439,28 +527,39 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         contents = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
-    except Exception as error:                         # pickle, zip and torch raise almost anything on foreign bytes
+    except Exception as error:  # pickle, zip and torch raise almost anything on foreign bytes
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({reason}). "
-                        "Use another checkpoint.") from None
+        raise UserError(
+            f"{path} is not a checkpoint of this project, or it is damaged ({reason}). "
+            "Use another checkpoint."
+        ) from None
     if not isinstance(contents, dict) or "format" not in contents:
-        raise UserError(f"{path} is not a checkpoint of this project. Use a best.pt or last.pt from a run folder.")
+        raise UserError(
+            f"{path} is not a checkpoint of this project. Use a best.pt or last.pt from a run folder."
+        )
     if contents["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} has checkpoint format {contents['format']!r} (project version {contents.get('project')!r}), "
-                        f"this version ({VERSION}) reads format {CHECKPOINT_FORMAT}. "
-                        "Use the version of the project that wrote it.")
+        raise UserError(
+            f"{path} has checkpoint format {contents['format']!r}, of project version "
+            f"{contents.get('project')!r}; this version, {VERSION}, reads format {CHECKPOINT_FORMAT}. "
+            "Use the version of the project that wrote it."
+        )
     for tensor in _tensors(contents):
-        # A tensor may claim any size over a small storage (stride 0): harmless as it lies, a bomb once copied.
-        if tensor.layout is not torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path} holds a tensor of shape {tuple(tensor.shape)} with less data than its shape claims. "
-                            "Use another checkpoint.")
+        # A tensor may claim any size over a small storage (stride 0): harmless as it is, a bomb once copied.
+        if (
+            tensor.layout is not torch.strided
+            or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+        ):
+            raise UserError(
+                f"{path} holds a tensor of shape {tuple(tensor.shape)} with less data than its shape claims. "
+                "Use another checkpoint."
+            )
     return contents
 
 
 def _check_archive(path: Path) -> None:
-    """Raises ValueError or zipfile's errors unless the file is an archive as torch.save makes it, with intact contents."""
+    """Raises ValueError or zipfile's errors unless the file is an intact archive as torch.save makes it."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         # torch stores without compression; compressed entries could unfold to any size.
@@ -468,7 +567,7 @@ def _check_archive(path: Path) -> None:
             raise ValueError("compressed entries")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("entries larger than the file")
-        damaged = archive.testzip()                    # torch.load itself does not compare the checksums
+        damaged = archive.testzip()  # torch.load itself does not compare the checksums
         if damaged is not None:
             raise ValueError(f"checksum of {damaged} is wrong")
 
@@ -484,7 +583,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-# ------------------------------------------------------------------------------------------------- randomness, devices
+# ---- randomness, devices
+
 
 def seed_everything(seed: int) -> None:
     """Seeds torch (all devices), numpy and Python."""
@@ -496,13 +596,16 @@ def seed_everything(seed: int) -> None:
 def random_states() -> dict[str, Any]:
     """The states of all random number generators, as plain data for a checkpoint."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "python": random.getstate(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss))}
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
+    }
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts back what `random_states` returned. GPU states are left out where the number of GPUs is another."""
+    """Puts back what `random_states` returned; GPU states only where the number of GPUs is the same."""
     torch.set_rng_state(states["torch"].cpu())
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -529,34 +632,44 @@ def choose_device(cuda: bool, threads: int = 0) -> torch.device:
         print(f"device: CPU, {torch.get_num_threads()} threads{unused}", flush=True)
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        why = "torch was installed without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
-        raise UserError(f"--cuda was given but {why} (torch {torch.__version__}). Leave --cuda away to run on the CPU, "
-                        "or install a CUDA build of torch and check that nvidia-smi lists the GPU.")
+        why = (
+            "torch was installed without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
+        )
+        raise UserError(
+            f"--cuda was given but {why} (torch {torch.__version__}). Leave --cuda away to run on the CPU, "
+            "or install a CUDA build of torch and check that nvidia-smi lists the GPU."
+        )
     count = torch.cuda.device_count()
-    print(f"device: {count} x GPU {torch.cuda.get_device_name(0)}" if count > 1
-          else f"device: GPU {torch.cuda.get_device_name(0)}", flush=True)
+    print(
+        f"device: {count} x GPU {torch.cuda.get_device_name(0)}"
+        if count > 1
+        else f"device: GPU {torch.cuda.get_device_name(0)}",
+        flush=True,
+    )
     return torch.device("cuda", 0)
 
 
 def wrap_data_parallel(model: nn.Module, device: torch.device, batch_size: int) -> nn.Module:
     """The model as it is, or spread over the visible GPUs along the batch, at most one GPU per example.
 
-    Every argument and result of the model's forward must have the batch (or one row per replica) as its first dimension.
+    Arguments and results of the model's forward have the batch (or one row per replica) as first dimension.
     """
     count = min(torch.cuda.device_count(), batch_size) if device.type == "cuda" else 1
     return nn.DataParallel(model, device_ids=list(range(count))) if count > 1 else model
 
 
-# --------------------------------------------------------------------------------------------- interrupts, time, progress
+# ---- interrupts, time, progress
+
 
 class Interrupts:
-    """While it is open, Ctrl-C and SIGTERM do not break in but set `requested`, to be looked at between steps.
+    """While open, Ctrl-C and SIGTERM do not break in but set `requested`, to be looked at between steps.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where signals cannot be caught, nothing happens.
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where signals cannot be caught,
+    it does nothing.
     """
 
     def __init__(self) -> None:
-        self.requested: str | None = None        # 'SIGINT' or 'SIGTERM'
+        self.requested: str | None = None  # 'SIGINT' or 'SIGTERM'
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -613,10 +726,19 @@ class Progress:
         quiet: no plain lines for the reports (a short evaluation), the bar only.
     """
 
-    def __init__(self, total: int, label: str, done: int = 0, unit: str = "step", quiet: bool = False) -> None:
+    def __init__(
+        self, total: int, label: str, done: int = 0, unit: str = "step", quiet: bool = False
+    ) -> None:
         self.total, self.done, self.label, self.quiet = total, done, label, quiet
-        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, leave=False,
-                        disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            unit=unit,
+            dynamic_ncols=True,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
 
     def __enter__(self) -> Progress:
         return self
