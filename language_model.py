@@ -1,0 +1,116 @@
+"""What the word-level language models share: embedding, dropout, output layer, loss and log-probabilities.
+
+A model differs in its recurrent part alone. It hands its sizes to LanguageModel and defines two methods:
+    initial_state(batch_size) -> (B, ...)                                   one tensor, batch first
+    recur(embedded (T, B, E), state (B, ...)) -> (features (T, B, F), state)
+Because tokens, targets and state all have the batch first, torch.nn.DataParallel splits them alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from output_layers import AdaptiveSoftmax, FullSoftmax
+
+
+class LanguageModel(nn.Module):
+    """Embedding -> dropout -> recurrent part -> projection to the embedding's size -> dropout -> output layer.
+
+    Args:
+        vocab_size: number of words V.
+        embedding_size: features E of a word's embedding and of the vector before the output layer.
+        feature_size: features F that the recurrent part puts out at one time step.
+        dropout_input: dropout probability on the embedded words.
+        dropout_output: dropout probability before the output layer.
+        cutoffs: None for a full softmax, or the cluster bounds of an adaptive softmax.
+        tied: share the embedding's weight with the full softmax.
+        project: whether to project features to E; without, F itself goes into the output layer.
+
+    Raises:
+        ValueError: an argument outside its range; the message names it.
+    """
+
+    config: dict  # the constructor's arguments as plain data: type(model)(**model.config) is a model of the same shape
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int,
+        feature_size: int,
+        dropout_input: float,
+        dropout_output: float,
+        cutoffs: Sequence[int] | None,
+        tied: bool,
+        project: bool = True,
+    ):
+        super().__init__()
+        for name, value in (("vocab_size", vocab_size), ("embedding_size", embedding_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_probability("dropout_input", dropout_input)
+        check_probability("dropout_output", dropout_output)
+        self.vocab_size = vocab_size
+        self.dropout_input = dropout_input
+        self.dropout_output = dropout_output
+        self.embedding = nn.Embedding(vocab_size, embedding_size)
+        # Not torch's N(0, 1): a tied softmax would start with scores of that size, and a first loss far above ln V.
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.projection = nn.Linear(feature_size, embedding_size) if project else nn.Identity()
+        width = embedding_size if project else feature_size
+        if cutoffs is not None:
+            self.output_layer = AdaptiveSoftmax(width, vocab_size, list(cutoffs))
+        elif tied:
+            if width != embedding_size:
+                raise ValueError(
+                    f"tied weights need a hidden size equal to the embedding size {embedding_size}, got {width}"
+                )
+            self.output_layer = FullSoftmax(width, vocab_size, self.embedding.weight)
+        else:
+            self.output_layer = FullSoftmax(width, vocab_size)
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """State before the first token, one tensor (B, ...), on the model's device."""
+        raise NotImplementedError
+
+    def recur(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The recurrent part: embedded (T, B, E) and state (B, ...) to features (T, B, F) and the state after."""
+        raise NotImplementedError
+
+    def hidden(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors before the output layer, time first, (T, B, E), and the state after; tokens (B, T)."""
+        embedded = F.dropout(self.embedding(tokens.t()), self.dropout_input, self.training)
+        features, state = self.recur(embedded, state)
+        return F.dropout(self.projection(features), self.dropout_output, self.training), state
+
+    def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Score a window.
+
+        Args:
+            tokens: word ids, (B, T).
+            targets: the next word of each token, (B, T); ids below 0 are not scored.
+            state: the state before the window, (B, ...); nothing is detached.
+
+        Returns:
+            nats: sum of -log p(target) over the scored targets, (1,), so that replicas' sums can be gathered.
+            state: the state after the window, (B, ...).
+        """
+        hidden, state = self.hidden(tokens, state)
+        return self.output_layer(hidden.flatten(0, 1), targets.t().flatten()).reshape(1), state
+
+    def loss(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean nats per scored target, a scalar, and the state after the window; shapes as in forward."""
+        nats, state = self(tokens, targets, state)
+        return nats.sum() / (targets >= 0).sum().clamp(min=1), state
+
+    def log_probabilities(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the word after the last token, (B, V), and the state after; tokens (B, T)."""
+        hidden, state = self.hidden(tokens, state)
+        return self.output_layer.log_probabilities(hidden[-1]), state
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise ValueError unless value is a dropout probability, 0 <= value < 1."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a probability of at least 0 and below 1, got {value!r}")

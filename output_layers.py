@@ -1,0 +1,193 @@
+"""Output layers of the language models: full softmax and adaptive softmax, one interface, and no [tokens, V] logits.
+
+Shapes: n tokens (batch and time flattened), E embedding_size, V vocab_size. Losses are in nats, summed over the targets
+that count: a target below 0 is padding, it costs nothing and has no gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Rows of logits that exist at once. Large enough for a fast matrix product, small enough to stay in a CPU's cache.
+CHUNK_ROWS = 256
+
+
+class FullSoftmax(nn.Module):
+    """Linear layer to the whole vocabulary with softmax cross-entropy.
+
+    Args:
+        embedding_size: features E of the hidden vectors.
+        vocab_size: number of words V.
+        tied_weight: the embedding's weight (V, E), to share it; None for a weight of its own (Press & Wolf 2017,
+            arXiv:1608.05859).
+    """
+
+    def __init__(self, embedding_size: int, vocab_size: int, tied_weight: nn.Parameter | None = None):
+        super().__init__()
+        if tied_weight is None:
+            tied_weight = nn.Parameter(torch.empty(vocab_size, embedding_size))
+            # Small enough that the first prediction is near uniform: the first loss is then near ln V.
+            nn.init.uniform_(tied_weight, -0.1, 0.1)
+        elif tuple(tied_weight.shape) != (vocab_size, embedding_size):
+            raise ValueError(
+                f"tied_weight must have shape {(vocab_size, embedding_size)}, got {tuple(tied_weight.shape)}"
+            )
+        self.weight = tied_weight
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
+        return linear_cross_entropy(hidden, self.weight, self.bias, targets)
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of all words, (n, E) -> (n, V)."""
+        return F.linear(hidden, self.weight, self.bias).float().log_softmax(dim=-1)
+
+
+class AdaptiveSoftmax(nn.Module):
+    """Adaptive softmax (Grave et al. 2017, arXiv:1609.04309): frequent words first, rare ones in smaller tail clusters.
+
+    Word ids must be sorted by frequency. The head holds the cutoffs[0] most frequent words and one entry per cluster;
+    cluster i holds the words from cutoffs[i] up to the next cutoff, behind a projection to E / div_value ** (i + 1).
+    The parameters are those of torch.nn.AdaptiveLogSoftmaxWithLoss(head_bias=True), under the same names.
+
+    Args:
+        embedding_size: features E of the hidden vectors.
+        vocab_size: number of words V.
+        cutoffs: increasing ids at which clusters begin, all between 1 and V - 1.
+        div_value: factor by which each further cluster's projection shrinks.
+
+    Raises:
+        ValueError: cutoffs that are not increasing or reach beyond the vocabulary.
+    """
+
+    def __init__(self, embedding_size: int, vocab_size: int, cutoffs: list[int], div_value: float = 4.0):
+        super().__init__()
+        cutoffs = list(cutoffs)
+        increasing = all(low < high for low, high in zip([0, *cutoffs], [*cutoffs, vocab_size], strict=True))
+        if not cutoffs or not increasing:
+            suggestion = " ".join(map(str, choose_cutoffs(vocab_size)))
+            raise ValueError(
+                f"cutoffs must be increasing, above 0 and below the vocabulary size {vocab_size:,}, got {cutoffs}. "
+                f"Try --cutoffs {suggestion}."
+            )
+        self.cutoffs = cutoffs
+        self.bounds = list(zip(cutoffs, [*cutoffs[1:], vocab_size], strict=True))
+        self.head = nn.Linear(embedding_size, cutoffs[0] + len(self.bounds))
+        # An entry that stands for many words starts with their share, so that every word starts out equally likely.
+        nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            self.head.bias[cutoffs[0] :] = torch.tensor([high - low for low, high in self.bounds]).log()
+        self.tail = nn.ModuleList()
+        for cluster, (low, high) in enumerate(self.bounds):
+            width = max(1, int(embedding_size / div_value ** (cluster + 1)))
+            self.tail.append(
+                nn.Sequential(
+                    nn.Linear(embedding_size, width, bias=False), nn.Linear(width, high - low, bias=False)
+                )
+            )
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
+        head_targets = targets
+        nats = hidden.new_zeros((), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64)
+        for cluster, (low, high) in enumerate(self.bounds):
+            inside = (targets >= low) & (targets < high)
+            head_targets = torch.where(inside, self.cutoffs[0] + cluster, head_targets)
+            rows = inside.nonzero().squeeze(1)
+            project, score = self.tail[cluster]
+            # Without a target here the sum is over nothing, yet the cluster stays in the graph: its gradient is zero,
+            # not missing, so that replicas and optimisers treat all parameters alike.
+            nats = nats + linear_cross_entropy(project(hidden[rows]), score.weight, None, targets[rows] - low)
+        return nats + linear_cross_entropy(hidden, self.head.weight, self.head.bias, head_targets)
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of all words, (n, E) -> (n, V)."""
+        head = self.head(hidden).float().log_softmax(dim=-1)
+        parts = [head[:, : self.cutoffs[0]]]
+        for cluster, tail in enumerate(self.tail):
+            inside = tail(hidden).float().log_softmax(dim=-1)
+            parts.append(head[:, self.cutoffs[0] + cluster, None] + inside)
+        return torch.cat(parts, dim=-1)
+
+
+def choose_cutoffs(vocab_size: int) -> list[int]:
+    """Cutoffs that fit a vocabulary whose word frequencies fall roughly as 1 / rank: 3 %, 15 % and 60 % of it.
+
+    Near 1000, 5000 and 20000 for WikiText-2. Fewer clusters where the vocabulary is small; at least one.
+
+    Raises:
+        ValueError: fewer than two words, which cannot be divided.
+    """
+    if vocab_size < 2:
+        raise ValueError(f"adaptive softmax needs at least 2 words, got {vocab_size}")
+    shares = (0.03, 0.15, 0.6) if vocab_size >= 5000 else (0.25,)
+    return [max(1, _two_digits(vocab_size * share)) for share in shares]
+
+
+def _two_digits(number: float) -> int:
+    return int(float(f"{number:.1e}"))
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias) against targets, logits never held whole.
+
+    hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; returns a scalar.
+    The gradients are made in the forward pass, CHUNK_ROWS rows of logits at a time: the logits of the whole window
+    would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+    nats, _ = _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients=False)
+    return nats
+
+
+def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The readable reference of linear_cross_entropy: all logits at once, gradients by autograd."""
+    logits = F.linear(hidden, weight, bias)
+    return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        nats, gradients = _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients=True)
+        ctx.save_for_backward(*gradients)
+        return nats
+
+    @staticmethod
+    def backward(ctx, grad_nats):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy has no second derivative; use plain_linear_cross_entropy where one is needed"
+            )
+        gradients = (None if g is None else g * grad_nats.to(g.dtype) for g in ctx.saved_tensors)
+        return *gradients, None
+
+
+def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
+    """Summed nats and, if asked for, its gradients by hidden, weight and bias."""
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    nats = torch.zeros((), dtype=accumulate, device=hidden.device)
+    counted = targets >= 0
+    labels = targets.clamp(min=0).unsqueeze(1)
+    if with_gradients:
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+    for start in range(0, hidden.size(0), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        chunk, label, keep = hidden[rows], labels[rows], counted[rows]
+        scores = F.linear(chunk, weight, bias).to(accumulate)
+        log_sums = scores.logsumexp(dim=1)
+        nats += ((log_sums - scores.gather(1, label).squeeze(1)) * keep).sum()
+        if with_gradients:
+            # d nats / d scores = softmax(scores) - onehot(label), and zero in rows that do not count.
+            errors = scores.sub_(log_sums.unsqueeze(1)).exp_()
+            errors.scatter_add_(1, label, errors.new_full((), -1.0).expand_as(label))
+            errors = errors.mul_(keep.unsqueeze(1)).to(chunk.dtype)
+            torch.mm(errors, weight, out=grad_hidden[rows])
+            grad_weight.addmm_(errors.t(), chunk)
+            if bias is not None:
+                grad_bias += errors.sum(dim=0)
+    return nats, ((grad_hidden, grad_weight, grad_bias) if with_gradients else None)

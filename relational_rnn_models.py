@@ -1,0 +1,80 @@
+"""The RMC language model: the Relational Memory Core as the recurrent part of a word-level language model."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from language_model import LanguageModel
+from relational_rnn_general import RelationalMemory
+
+
+class RelationalMemoryLM(LanguageModel):
+    """Word-level language model around a RelationalMemory (Santoro et al. 2018, sections 4.3 and A.4).
+
+    The arguments are those of RelationalMemory and of LanguageModel; the state is the memory, (B, mem_slots, mem_size).
+
+    Raises:
+        ValueError: an argument outside its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int = 192,
+        mem_slots: int = 1,
+        head_size: int = 192,
+        num_heads: int = 4,
+        num_blocks: int = 1,
+        forget_bias: float = 1.0,
+        input_bias: float = 0.0,
+        gate_style: str | None = "unit",
+        attention_mlp_layers: int = 3,
+        key_size: int | None = 64,
+        dropout_input: float = 0.5,
+        dropout_output: float = 0.5,
+        cutoffs: Sequence[int] | None = None,
+        tied: bool = True,
+    ):
+        core = RelationalMemory(
+            mem_slots,
+            head_size,
+            embedding_size,
+            num_heads=num_heads,
+            num_blocks=num_blocks,
+            forget_bias=forget_bias,
+            input_bias=input_bias,
+            gate_style=gate_style,
+            attention_mlp_layers=attention_mlp_layers,
+            key_size=key_size,
+            return_all_outputs=True,
+        )
+        super().__init__(
+            vocab_size, embedding_size, core.output_size, dropout_input, dropout_output, cutoffs, tied
+        )
+        self.core = core
+        self.config = {
+            "vocab_size": vocab_size,
+            "embedding_size": embedding_size,
+            "mem_slots": mem_slots,
+            "head_size": head_size,
+            "num_heads": num_heads,
+            "num_blocks": num_blocks,
+            "forget_bias": forget_bias,
+            "input_bias": input_bias,
+            "gate_style": gate_style,
+            "attention_mlp_layers": attention_mlp_layers,
+            "key_size": key_size,
+            "dropout_input": dropout_input,
+            "dropout_output": dropout_output,
+            "cutoffs": None if cutoffs is None else list(cutoffs),
+            "tied": tied,
+        }
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """The core's initial memory, (B, mem_slots, mem_size)."""
+        return self.core.initial_state(batch_size)
+
+    def recur(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the core; embedded (T, B, E) to features (T, B, mem_slots * mem_size)."""
+        outputs, memory = self.core(embedded.transpose(0, 1), state)
+        return outputs.transpose(0, 1), memory
