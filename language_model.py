@@ -8,7 +8,6 @@ Because tokens, targets and state all have the batch first, torch.nn.DataParalle
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from output_layers import AdaptiveSoftmax, FullSoftmax
 
 
 class LanguageModel(nn.Module):
-    """Embedding -> dropout -> recurrent part -> projection to the embedding's size -> dropout -> output layer.
+    """Embedding, dropout, recurrent part, projection to the embedding's size, dropout, output layer.
 
     Args:
         vocab_size: number of words V.
@@ -32,7 +31,7 @@ class LanguageModel(nn.Module):
         ValueError: an argument outside its range; the message names it.
     """
 
-    config: dict  # the constructor's arguments as plain data: type(model)(**model.config) is a model of the same shape
+    config: dict  # the constructor's arguments as plain data: type(model)(**model.config) has the same shape
 
     def __init__(
         self,
@@ -46,16 +45,15 @@ class LanguageModel(nn.Module):
         project: bool = True,
     ):
         super().__init__()
-        for name, value in (("vocab_size", vocab_size), ("embedding_size", embedding_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_size("vocab_size", vocab_size)
+        check_size("embedding_size", embedding_size)
         check_probability("dropout_input", dropout_input)
         check_probability("dropout_output", dropout_output)
         self.vocab_size = vocab_size
         self.dropout_input = dropout_input
         self.dropout_output = dropout_output
         self.embedding = nn.Embedding(vocab_size, embedding_size)
-        # Not torch's N(0, 1): a tied softmax would start with scores of that size, and a first loss far above ln V.
+        # Not torch's N(0, 1): a tied softmax would start with scores of that size, its loss far above ln V.
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         self.projection = nn.Linear(feature_size, embedding_size) if project else nn.Identity()
         width = embedding_size if project else feature_size
@@ -64,7 +62,7 @@ class LanguageModel(nn.Module):
         elif tied:
             if width != embedding_size:
                 raise ValueError(
-                    f"tied weights need a hidden size equal to the embedding size {embedding_size}, got {width}"
+                    f"tied needs a hidden_size equal to the embedding_size {embedding_size}, got {width}"
                 )
             self.output_layer = FullSoftmax(width, vocab_size, self.embedding.weight)
         else:
@@ -75,7 +73,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def recur(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The recurrent part: embedded (T, B, E) and state (B, ...) to features (T, B, F) and the state after."""
+        """The recurrent part: embedded (T, B, E), state (B, ...) to features (T, B, F), the state after."""
         raise NotImplementedError
 
     def hidden(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +106,12 @@ class LanguageModel(nn.Module):
         """Log-probabilities of the word after the last token, (B, V), and the state after; tokens (B, T)."""
         hidden, state = self.hidden(tokens, state)
         return self.output_layer.log_probabilities(hidden[-1]), state
+
+
+def check_size(name: str, value: int) -> None:
+    """Raise ValueError unless value is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def check_probability(name: str, value: float) -> None:

@@ -1,14 +1,14 @@
-"""Output layers of the language models: full softmax and adaptive softmax, one interface, and no [tokens, V] logits.
+"""Output layers of the language models: full and adaptive softmax, one interface, and no [tokens, V] logits.
 
-Shapes: n tokens (batch and time flattened), E embedding_size, V vocab_size. Losses are in nats, summed over the targets
-that count: a target below 0 is padding, it costs nothing and has no gradient.
+Shapes: n tokens (batch and time flattened), E embedding_size, V vocab_size. Losses are in nats, summed over
+the targets that count: a target below 0 is padding, it costs nothing and has no gradient.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows of logits that exist at once. Large enough for a fast matrix product, small enough to stay in a CPU's cache.
+# Rows of logits that exist at once. Enough for a fast matrix product, few enough to stay in a CPU's cache.
 CHUNK_ROWS = 256
 
 
@@ -18,8 +18,8 @@ class FullSoftmax(nn.Module):
     Args:
         embedding_size: features E of the hidden vectors.
         vocab_size: number of words V.
-        tied_weight: the embedding's weight (V, E), to share it; None for a weight of its own (Press & Wolf 2017,
-            arXiv:1608.05859).
+        tied_weight: the embedding's weight (V, E), to share it (Press & Wolf 2017, arXiv:1608.05859), or None
+            for a weight of its own.
     """
 
     def __init__(self, embedding_size: int, vocab_size: int, tied_weight: nn.Parameter | None = None):
@@ -41,15 +41,16 @@ class FullSoftmax(nn.Module):
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of all words, (n, E) -> (n, V)."""
-        return F.linear(hidden, self.weight, self.bias).float().log_softmax(dim=-1)
+        return _widened(F.linear(hidden, self.weight, self.bias)).log_softmax(dim=-1)
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Adaptive softmax (Grave et al. 2017, arXiv:1609.04309): frequent words first, rare ones in smaller tail clusters.
+    """Adaptive softmax (Grave et al. 2017, arXiv:1609.04309): frequent words first, rare ones in clusters.
 
-    Word ids must be sorted by frequency. The head holds the cutoffs[0] most frequent words and one entry per cluster;
-    cluster i holds the words from cutoffs[i] up to the next cutoff, behind a projection to E / div_value ** (i + 1).
-    The parameters are those of torch.nn.AdaptiveLogSoftmaxWithLoss(head_bias=True), under the same names.
+    Word ids must be sorted by frequency. The head holds the cutoffs[0] most frequent words and one entry per
+    cluster; cluster i holds the words from cutoffs[i] up to the next cutoff, behind a projection to
+    E / div_value ** (i + 1) features. The parameters are those of
+    torch.nn.AdaptiveLogSoftmaxWithLoss(head_bias=True), under the same names.
 
     Args:
         embedding_size: features E of the hidden vectors.
@@ -68,13 +69,13 @@ class AdaptiveSoftmax(nn.Module):
         if not cutoffs or not increasing:
             suggestion = " ".join(map(str, choose_cutoffs(vocab_size)))
             raise ValueError(
-                f"cutoffs must be increasing, above 0 and below the vocabulary size {vocab_size:,}, got {cutoffs}. "
-                f"Try --cutoffs {suggestion}."
+                f"cutoffs must be increasing, above 0 and below the vocabulary size {vocab_size:,}, "
+                f"got {cutoffs}. Try --cutoffs {suggestion}."
             )
         self.cutoffs = cutoffs
         self.bounds = list(zip(cutoffs, [*cutoffs[1:], vocab_size], strict=True))
         self.head = nn.Linear(embedding_size, cutoffs[0] + len(self.bounds))
-        # An entry that stands for many words starts with their share, so that every word starts out equally likely.
+        # An entry that stands for many words starts with their share: every word starts out equally likely.
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
             self.head.bias[cutoffs[0] :] = torch.tensor([high - low for low, high in self.bounds]).log()
@@ -90,29 +91,29 @@ class AdaptiveSoftmax(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
         head_targets = targets
-        nats = hidden.new_zeros((), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64)
+        nats = _widened(hidden.new_zeros(()))
         for cluster, (low, high) in enumerate(self.bounds):
             inside = (targets >= low) & (targets < high)
             head_targets = torch.where(inside, self.cutoffs[0] + cluster, head_targets)
             rows = inside.nonzero().squeeze(1)
             project, score = self.tail[cluster]
-            # Without a target here the sum is over nothing, yet the cluster stays in the graph: its gradient is zero,
-            # not missing, so that replicas and optimisers treat all parameters alike.
+            # Without a target here the sum is over nothing, yet the cluster stays in the graph: its gradient
+            # is zero, not missing, so that replicas and optimisers treat all parameters alike.
             nats = nats + linear_cross_entropy(project(hidden[rows]), score.weight, None, targets[rows] - low)
         return nats + linear_cross_entropy(hidden, self.head.weight, self.head.bias, head_targets)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of all words, (n, E) -> (n, V)."""
-        head = self.head(hidden).float().log_softmax(dim=-1)
+        head = _widened(self.head(hidden)).log_softmax(dim=-1)
         parts = [head[:, : self.cutoffs[0]]]
         for cluster, tail in enumerate(self.tail):
-            inside = tail(hidden).float().log_softmax(dim=-1)
+            inside = _widened(tail(hidden)).log_softmax(dim=-1)
             parts.append(head[:, self.cutoffs[0] + cluster, None] + inside)
         return torch.cat(parts, dim=-1)
 
 
 def choose_cutoffs(vocab_size: int) -> list[int]:
-    """Cutoffs that fit a vocabulary whose word frequencies fall roughly as 1 / rank: 3 %, 15 % and 60 % of it.
+    """Cutoffs that fit a vocabulary whose word frequencies fall roughly as 1 / rank: 3, 15 and 60 % of it.
 
     Near 1000, 5000 and 20000 for WikiText-2. Fewer clusters where the vocabulary is small; at least one.
 
@@ -125,16 +126,21 @@ def choose_cutoffs(vocab_size: int) -> list[int]:
     return [max(1, _two_digits(vocab_size * share)) for share in shares]
 
 
+def _widened(x: Tensor) -> Tensor:
+    """In float32 at least: sums of exponentials lose too much in less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _two_digits(number: float) -> int:
     return int(float(f"{number:.1e}"))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias) against targets, logits never held whole.
+    """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias), the logits never held whole.
 
-    hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; returns a scalar.
-    The gradients are made in the forward pass, CHUNK_ROWS rows of logits at a time: the logits of the whole window
-    would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks.
+    hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; gives a scalar.
+    The gradients are made in the forward pass, CHUNK_ROWS rows of logits at a time: the logits of the whole
+    window would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
@@ -142,7 +148,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     return nats
 
 
-def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def plain_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
     """The readable reference of linear_cross_entropy: all logits at once, gradients by autograd."""
     logits = F.linear(hidden, weight, bias)
     return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
@@ -159,7 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_nats):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "linear_cross_entropy has no second derivative; use plain_linear_cross_entropy where one is needed"
+                "linear_cross_entropy has no second derivative; plain_linear_cross_entropy has one"
             )
         gradients = (None if g is None else g * grad_nats.to(g.dtype) for g in ctx.saved_tensors)
         return *gradients, None

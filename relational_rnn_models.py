@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from language_model import LanguageModel
+from language_model import LanguageModel, check_size
 from relational_rnn_general import RelationalMemory
 
 
 class RelationalMemoryLM(LanguageModel):
     """Word-level language model around a RelationalMemory (Santoro et al. 2018, sections 4.3 and A.4).
 
-    The arguments are those of RelationalMemory and of LanguageModel; the state is the memory, (B, mem_slots, mem_size).
+    The arguments are those of RelationalMemory and of LanguageModel. The state is the memory,
+    (B, mem_slots, mem_size).
 
     Raises:
         ValueError: an argument outside its range; the message names it.
@@ -35,6 +36,7 @@ class RelationalMemoryLM(LanguageModel):
         cutoffs: Sequence[int] | None = None,
         tied: bool = True,
     ):
+        check_size("embedding_size", embedding_size)    # here, as the core would call it input_size
         core = RelationalMemory(
             mem_slots,
             head_size,

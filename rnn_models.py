@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from language_model import LanguageModel, check_probability
+from language_model import LanguageModel, check_probability, check_size
 
 LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
@@ -20,10 +20,10 @@ class RNNLM(LanguageModel):
         hidden_size: hidden units per layer.
         num_layers: stacked layers.
         dropout_hidden: dropout probability between layers; without effect on a single layer.
-        fused: True runs the whole sequence in one call (cuDNN on a GPU), False a Python loop of cells over the same
-            weights. Both compute the same; the loop shows what a recurrence costs that has no fused kernel.
+        fused: True runs the whole sequence in one call (cuDNN on a GPU), False a Python loop of cells over
+            the same weights. Both compute the same; the loop shows what a recurrence costs without one.
 
-    The state is one tensor (B, S, hidden_size): the hidden vectors of the layers, and for an LSTM its cells after them.
+    The state is one tensor (B, S, hidden_size): the hidden vectors of the layers, then an LSTM's cells.
 
     Raises:
         ValueError: an argument outside its range; the message names it.
@@ -45,15 +45,15 @@ class RNNLM(LanguageModel):
     ):
         if model not in LAYERS:
             raise ValueError(f"model must be one of {', '.join(LAYERS)}, got {model!r}")
-        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_size("hidden_size", hidden_size)
+        check_size("num_layers", num_layers)
         check_probability("dropout_hidden", dropout_hidden)
         super().__init__(
-            vocab_size, embedding_size, hidden_size, dropout_input, dropout_output, cutoffs, tied, project=False
+            vocab_size, embedding_size, hidden_size, dropout_input, dropout_output, cutoffs, tied,
+            project=False,
         )
         options = {"nonlinearity": model.removeprefix("RNN_").lower()} if model.startswith("RNN_") else {}
-        between = dropout_hidden if num_layers > 1 else 0.0     # torch warns of dropout without a second layer
+        between = dropout_hidden if num_layers > 1 else 0.0   # torch warns of dropout without a second layer
         self.rnn = LAYERS[model](embedding_size, hidden_size, num_layers, dropout=between, **options)
         self.fused = fused
         self.config = {
@@ -86,7 +86,7 @@ class RNNLM(LanguageModel):
         return outputs, (torch.cat(after) if lstm else after).transpose(0, 1)
 
     def _loop_of_cells(self, embedded: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        cell = getattr(torch, self.config["model"].lower() + "_cell")     # functional: takes the fused layer's weights
+        cell = getattr(torch, self.config["model"].lower() + "_cell")   # functional, takes weights
         lstm = self.config["model"] == "LSTM"
         inputs, after = embedded, []
         for layer in range(self.rnn.num_layers):
