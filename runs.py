@@ -46,6 +46,13 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shells' custom
 # ---- errors, exit status
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends defaults to the help, but not where they say nothing (None, False)."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class UserError(Exception):
     """A mistake that the user can mend. The message says what was wrong, what was found and what to do."""
 
@@ -198,10 +205,7 @@ def parse_arguments(
     plain = parser.parse_args(argv)
     if plain.resume is None:
         return plain
-    absent = object()  # argparse leaves an attribute that is there alone: what still holds this was not given
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(plain), absent))))
-    given = {name: value for name, value in given.items() if value is not absent}
-
+    given = given_arguments(parser, argv)
     folder = Path(plain.resume)
     saved = _saved_arguments(folder, parser, script)
     allowed = RESUME_MAY_CHANGE | set(may_change)
@@ -216,6 +220,15 @@ def parse_arguments(
             )
         merged[name] = value
     return argparse.Namespace(**merged)
+
+
+def given_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The arguments that the command line itself gives, by name, without the defaults."""
+    absent = object()  # argparse leaves an attribute that is there alone: what still holds this was not given
+    start = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    return {
+        name: value for name, value in vars(parser.parse_args(argv, start)).items() if value is not absent
+    }
 
 
 def _flag_of(parser: argparse.ArgumentParser, name: str) -> str:
@@ -351,6 +364,15 @@ def create_run_folder(root: str | Path, name: str | None, script: str) -> Path:
     raise UserError(f"{root} has a thousand runs named {base}. Give a --name.")
 
 
+def discard_run_folder(folder: str | Path) -> None:
+    """Removes a run folder that came to nothing, unless there is more in it than a run writes."""
+    folder = Path(folder)
+    with contextlib.suppress(OSError):
+        for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def newest_run(root: str | Path, scripts: Sequence[str] | None = None) -> Path | None:
     """The run folder under `root` whose best.pt was written last, of the given scripts' runs; or None."""
     runs = [
@@ -380,8 +402,26 @@ def write_arguments(
         "environment": describe_environment(),
         **facts,
     }
+    _write_json(folder / "args.json", record)
+
+
+def note_resume(folder: Path, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """Brings args.json up to date when a run goes on: its arguments as they are now; when, how, on what."""
+    record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    record["arguments"] = {**vars(args), "resume": None}
+    record.setdefault("resumed", []).append(
+        {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command_line": list(sys.argv[1:] if argv is None else argv),
+            "environment": describe_environment(),
+        }
+    )
+    _write_json(folder / "args.json", record)
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(folder / "args.json", lambda file: file.write(text.encode("utf-8")))
+    atomic_write(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -470,9 +510,12 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The events of a log, in order, each once.
 
     A half-written line is skipped. An event {"event": "resume", "step": s} takes back what was logged after
-    step s: the run went on from there and logged those steps again.
+    step s: the run went on from there and logged those steps again. Of two events of one kind at one step the
+    later counts, in the place of the earlier: a run killed between logging and saving logs that step again.
     """
-    events: list[dict[str, Any]] = []
+    events: dict[
+        tuple[Any, Any], dict[str, Any]
+    ] = {}  # by kind and step; a dict keeps the place of a replaced key
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -481,10 +524,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
                 continue
             if not isinstance(event, dict):
                 continue
+            step = event.get("step", 0)
             if event.get("event") == "resume":
-                events = [earlier for earlier in events if earlier.get("step", 0) <= event.get("step", 0)]
-            events.append(event)
-    return events
+                events = {key: earlier for key, earlier in events.items() if key[1] <= step}
+            events[event.get("event"), step] = event
+    return list(events.values())
 
 
 # ---- checkpoints
@@ -727,7 +771,7 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, label: str, done: int = 0, unit: str = "step", quiet: bool = False
+        self, total: int, label: str, done: int = 0, unit: str = "batch", quiet: bool = False
     ) -> None:
         self.total, self.done, self.label, self.quiet = total, done, label, quiet
         self.bar = tqdm(

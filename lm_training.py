@@ -1,0 +1,799 @@
+"""Training, evaluation and checkpoints of the word-level language models: one home for all of them.
+
+`train_rmc.py` and `train_rnn.py` declare their model's flags and hand over a function that builds it; what is
+here is the same for both, so that their numbers can be compared.
+
+Losses are in nats per token (natural logarithm), weighed by tokens; perplexity is e to that power.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import runs
+from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
+from language_model import LanguageModel
+from output_layers import choose_cutoffs
+from relational_rnn_models import RelationalMemoryLM
+from rnn_models import RNNLM
+from runs import UserError, say
+
+MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
+SCRIPTS = ("train_rmc", "train_rnn")
+LOWER_MEMORY = "--batch_size or --bptt, or use --adaptivesoftmax"
+
+# A plateau of this many epochs without a better validation loss halves the learning rate.
+PATIENCE = 5
+LR_FACTOR = 0.5
+
+
+# ---- flags
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that do not depend on the model: data, softmax, training, and those of every script."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default="./data/wikitext-2",
+        metavar="FOLDER",
+        help="folder, or subfolder of data/, with train.txt, valid.txt and test.txt",
+    )
+    data.add_argument(
+        "--vocab-from",
+        choices=("all", "train"),
+        default="all",
+        help="build the vocabulary from all three splits, or from train.txt alone with <unk> for the rest",
+    )
+
+    softmax = parser.add_argument_group("softmax")
+    softmax.add_argument(
+        "--adaptivesoftmax",
+        action="store_true",
+        help="adaptive softmax: much less work and memory for a large vocabulary, slightly worse",
+    )
+    softmax.add_argument(
+        "--cutoffs",
+        type=runs.positive_int,
+        nargs="+",
+        default=None,
+        metavar="WORDS",
+        help="vocabulary sizes at which adaptive softmax starts a new cluster, increasing "
+        "(default: chosen to fit the vocabulary)",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--lr",
+        type=runs.positive_float,
+        default=0.001,
+        help="Adam's initial learning rate; halved when the validation loss has not improved for "
+        f"{PATIENCE} epochs",
+    )
+    training.add_argument(
+        "--clip",
+        type=runs.non_negative_float,
+        default=0.1,
+        metavar="NORM",
+        help="largest L2 norm of the gradient; 0 = no clipping",
+    )
+    training.add_argument(
+        "--epochs", type=runs.positive_int, default=100, metavar="N", help="passes over the training text"
+    )
+    training.add_argument(
+        "--batch_size",
+        "--batch-size",
+        type=runs.positive_int,
+        default=64,
+        metavar="N",
+        help="columns that the training text is dealt to, read side by side",
+    )
+    training.add_argument(
+        "--bptt",
+        type=runs.positive_int,
+        default=100,
+        metavar="TOKENS",
+        help="tokens per column in one step, through which gradients flow back",
+    )
+    training.add_argument(
+        "--eval-batch-size",
+        "--eval_batch_size",
+        type=runs.positive_int,
+        default=32,
+        metavar="N",
+        help="columns in evaluation; 1 scores a split as one stream",
+    )
+    training.add_argument(
+        "--evaluate",
+        default=None,
+        metavar="CHECKPOINT_OR_RUN",
+        help="train nothing: score a checkpoint, or the best model of a run folder, on valid and test",
+    )
+    runs.add_run_flags(parser)
+
+
+def add_dropout_flags(parser: argparse._ArgumentGroup, between_layers: bool = False) -> None:
+    """Adds --dropout and the flags that set one place apart from the others."""
+    parser.add_argument(
+        "--dropout",
+        type=runs.fraction,
+        default=0.5,
+        metavar="P",
+        help="probability of dropping a unit, wherever the flags below do not say otherwise",
+    )
+    parser.add_argument(
+        "--dropout-input",
+        type=runs.fraction,
+        default=None,
+        metavar="P",
+        help="of the embedded input (default: --dropout)",
+    )
+    if between_layers:
+        parser.add_argument(
+            "--dropout-hidden",
+            type=runs.fraction,
+            default=None,
+            metavar="P",
+            help="between the layers (default: --dropout)",
+        )
+    parser.add_argument(
+        "--dropout-output",
+        type=runs.fraction,
+        default=None,
+        metavar="P",
+        help="of the output before the softmax (default: --dropout)",
+    )
+
+
+def dropouts(args: argparse.Namespace) -> dict[str, float]:
+    """The dropout probabilities, by the name of the model's argument."""
+    given = {
+        name: getattr(args, name)
+        for name in ("dropout_input", "dropout_hidden", "dropout_output")
+        if hasattr(args, name)
+    }
+    return {name: args.dropout if value is None else value for name, value in given.items()}
+
+
+def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | None:
+    """The cutoffs of the adaptive softmax, None for the full softmax. Prints those it chooses itself."""
+    if not args.adaptivesoftmax:
+        if args.cutoffs:
+            raise UserError(
+                "--cutoffs was given without --adaptivesoftmax, where it means nothing. "
+                "Add --adaptivesoftmax or leave --cutoffs away."
+            )
+        return None
+    if args.cutoffs is None:
+        cutoffs = choose_cutoffs(vocab_size)
+        print(f"adaptive softmax: cutoffs {' '.join(map(str, cutoffs))}, chosen for {vocab_size:,} words")
+        return cutoffs
+    if sorted(set(args.cutoffs)) != args.cutoffs or args.cutoffs[-1] >= vocab_size:
+        fitting = choose_cutoffs(vocab_size)
+        raise UserError(
+            f"cutoffs must be increasing and below the vocabulary size {vocab_size:,}, got {args.cutoffs}."
+            + (f" Try --cutoffs {' '.join(map(str, fitting))}." if fitting else "")
+        )
+    return args.cutoffs
+
+
+# ---- evaluation
+
+
+class Interrupted(Exception):
+    """Raised by work between steps when the user or the system has asked to stop."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel,
+    ids: torch.Tensor,
+    batch_size: int,
+    bptt: int,
+    device: torch.device | str,
+    interrupts: runs.Interrupts | None = None,
+    label: str = "evaluating",
+) -> float:
+    """Mean loss of a split in nats per token, each of its N - 1 targets scored once.
+
+    Args:
+        model: is in eval mode meanwhile, and put back in the mode it was in.
+        ids: the split, (N,).
+        batch_size: columns that it is dealt to; each starts from the initial state and carries its state
+            to its end: fewer columns lose less context, 1 scores the split as one stream.
+        bptt: tokens of a column per step: only speed and memory depend on it.
+        interrupts: looked at between windows.
+
+    Raises:
+        UserError: the split has fewer targets than columns.
+        Interrupted: `interrupts` asked to stop.
+    """
+    columns = TokenColumns(ids, batch_size, device)
+    was_training = model.training
+    model.eval()
+    try:
+        total = torch.zeros((), dtype=torch.float64, device=device)  # read once, so that a GPU never waits
+        state = model.initial_state(batch_size)
+        with runs.Progress(-(-columns.length // bptt), label, quiet=True) as progress:
+            for tokens, targets in columns.windows(bptt):
+                nats, state = model(tokens, targets, state)
+                total += nats.sum()
+                progress.advance()
+                if interrupts is not None and interrupts.requested:
+                    raise Interrupted
+        return total.item() / columns.num_pairs
+    finally:
+        model.train(was_training)
+
+
+def perplexity(loss: float) -> float:
+    """e^loss, infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+# ---- models and checkpoints
+
+
+def describe_model(kind: str, model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What rebuilds a model without repeating a flag, as plain data."""
+    return {"kind": kind, "config": model.config, "model": model.state_dict(), "words": vocabulary.words}
+
+
+def load_model(
+    checkpoint: dict[str, Any], device: torch.device | str = "cpu"
+) -> tuple[LanguageModel, Vocabulary]:
+    """Rebuilds the model of a checkpoint (best.pt or last.pt, of either script), in eval mode.
+
+    Raises:
+        UserError: the checkpoint is no language model's, or its parts do not fit together.
+    """
+    kind = checkpoint.get("kind")
+    if not isinstance(kind, str) or kind not in MODELS:
+        raise UserError(
+            f"the checkpoint holds a model of kind {kind!r}, not a language model "
+            f"({' or '.join(map(repr, MODELS))}). Use a best.pt made by train_rmc.py or train_rnn.py."
+        )
+    try:
+        words, config, weights = checkpoint["words"], checkpoint["config"], checkpoint["model"]
+        if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+            raise TypeError("words must be a list of strings")
+        vocabulary = Vocabulary(words)
+        if config["vocab_size"] != len(words):
+            raise ValueError(
+                f"the model is for {config['vocab_size']} words, the vocabulary has {len(words)}"
+            )
+        # Built without memory first: a config that asks for more than the file holds gets none.
+        with torch.device("meta"):
+            expected = {
+                name: tuple(value.shape) for name, value in MODELS[kind](**config).state_dict().items()
+            }
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        if expected != found:
+            name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
+            raise ValueError(
+                f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
+            )
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise ValueError("weights that are not finite")
+        model = MODELS[kind](**config)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if runs.is_out_of_memory(error):
+            raise
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(
+            f"the checkpoint does not fit together ({reason}). Was it altered? Use another one."
+        ) from None
+    return model.to(device).eval(), vocabulary
+
+
+def find_checkpoint(given: str | Path) -> Path:
+    """The checkpoint meant by a path: the file itself, or the best model of a run folder."""
+    path = Path(given)
+    if not path.is_dir():
+        return path
+    if not (path / "best.pt").is_file():
+        raise UserError(f"no best.pt in {path}. Give a run folder with a finished epoch, or a checkpoint.")
+    return path / "best.pt"
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """A digest of vocabulary and ids: a run is resumed on the corpus that it was started on or not at all."""
+    digest = hashlib.sha256("\n".join(corpus.vocabulary.words).encode("utf-8", errors="surrogatepass"))
+    for ids in (corpus.train, corpus.valid, corpus.test):
+        digest.update(f"\0{len(ids)}\0".encode())
+        digest.update(ids.numpy())
+    return digest.hexdigest()
+
+
+# ---- training
+
+
+@dataclass
+class Position:
+    """Where a run stands, beyond the weights: all of it goes into last.pt."""
+
+    epoch: int = 1  # the current one, from 1
+    place: int = 0  # places of the columns already trained on in this epoch
+    step: int = 0  # optimiser steps since the start of the run
+    epoch_nats: float = 0.0  # sum of the losses of this epoch's targets, up to the last reading
+    epoch_tokens: int = 0  # targets trained on in this epoch, up to the last reading
+    interval_tokens: int = 0  # and since the last reading
+    interval_steps: int = 0
+    best_valid: float = math.inf  # nats per token
+    best_epoch: int = 0
+    seconds: float = 0.0  # of work, interruptions not counted
+
+
+class ForwardTimer:
+    """Times the forward passes: by the clock on a CPU, by events on a GPU, which lags behind the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
+
+    def now(self) -> Any:
+        """A mark in time; two of them make a span."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mean_ms(self) -> float:
+        """Mean length of the spans in milliseconds; forgets them. On a GPU, to be called after the work."""
+        spans, self.spans = self.spans, []
+        lengths = [start.elapsed_time(end) if self.on_gpu else 1000 * (end - start) for start, end in spans]
+        return sum(lengths) / max(len(lengths), 1)
+
+
+class Trainer:
+    """A model in training: the loop, its log and its checkpoints.
+
+    Args:
+        model: on `device`.
+        corpus: what it reads.
+        args: the flags of `add_flags`.
+        kind: key of MODELS.
+        device: where to compute.
+    """
+
+    def __init__(
+        self, model: LanguageModel, corpus: Corpus, args: argparse.Namespace, kind: str, device: torch.device
+    ) -> None:
+        self.model, self.corpus, self.args, self.kind, self.device = model, corpus, args, kind, device
+        for name in ("valid", "test"):  # too short for the batch: say so now, not after the first epoch
+            with split_named(name, "--eval-batch-size"):
+                TokenColumns(getattr(corpus, name), args.eval_batch_size)
+        with split_named("train", "--batch_size"):
+            self.columns = TokenColumns(corpus.train, args.batch_size, device)
+        self.replicas = runs.wrap_data_parallel(model, device, args.batch_size)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=LR_FACTOR, patience=PATIENCE
+        )
+        self.fingerprint = fingerprint(corpus)
+        self.at = Position()
+        self.state: torch.Tensor | None = None  # None at the start of an epoch
+        # Sums of losses and gradient norms since the last reading. They stay on the device: to read them the
+        # host has to wait for the GPU.
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.timer = ForwardTimer(device)
+        self.clock = time.perf_counter()  # when `at.seconds` was last brought up to date
+        self.interval_clock, self.timed_steps, self.timed_tokens = self.clock, 0, 0
+        self.alarm = runs.Alarm(args.save_every)
+        self.interrupts = runs.Interrupts()
+
+    # -- the loop
+
+    def train(self, folder: Path) -> None:
+        """Trains up to `args.epochs`, writing to the run folder.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; last.pt has been written.
+            UserError: the loss is no longer finite; the checkpoints are from before.
+        """
+        self.folder, self.log = folder, runs.RunLog(folder / "log.jsonl")
+        self.clock = self.interval_clock = time.perf_counter()
+        self.alarm.reset()
+        with self.interrupts:
+            try:
+                while self.at.epoch <= self.args.epochs:
+                    self.train_epoch()
+                    self.validate()
+            except Interrupted:
+                self.save_last()
+                raise
+
+    def train_epoch(self) -> None:
+        """Goes through what is left of the epoch."""
+        self.model.train()
+        if self.state is None:
+            self.state = self.model.initial_state(self.args.batch_size)
+        windows, done = (-(-places // self.args.bptt) for places in (self.columns.length, self.at.place))
+        with runs.Progress(windows, f"epoch {self.at.epoch}", done) as progress:
+            for tokens, targets in self.columns.windows(self.args.bptt, self.at.place):
+                self.step(tokens, targets)
+                progress.advance()
+                if self.at.step % self.args.log_interval == 0:
+                    self.report(progress)
+                if self.alarm.due():
+                    self.save_last()
+                if self.interrupts.requested:
+                    raise Interrupted
+            if self.at.interval_steps:
+                self.report(progress)
+
+    def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        """One optimiser step on a window, (B, T) tokens and targets."""
+        stop = self.at.place + tokens.shape[1]
+        count = self.targets_before(stop) - self.targets_before(self.at.place)
+        started = self.timer.now()
+        nats, state = self.replicas(tokens, targets, self.state)
+        self.timer.spans.append((started, self.timer.now()))
+        total = nats.sum()  # one number per replica
+        self.optimizer.zero_grad(set_to_none=True)
+        (total / count).backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
+        self.optimizer.step()
+        self.state = state.detach()  # keep the values, cut the history
+        self.sums += torch.stack([total.detach(), norm]).double()
+        self.at.place = stop
+        self.at.step += 1
+        self.at.interval_steps += 1
+        self.at.interval_tokens += count
+        self.timed_steps += 1
+        self.timed_tokens += count
+
+    def targets_before(self, place: int) -> int:
+        """How many targets lie before a place of the columns, counted without a look at the tensors."""
+        return min(place * self.args.batch_size, self.columns.num_pairs)
+
+    def report(self, progress: runs.Progress) -> None:
+        """Reads the sums and the clock; a "train" event and a line for the steps since the last reading."""
+        self.check_finite()
+        nats, norms = self.sums.tolist()
+        self.update_clock()
+        elapsed = max(self.clock - self.interval_clock, 1e-9)
+        loss = nats / self.at.interval_tokens
+        speed = {
+            "ms_per_batch": 1000 * elapsed / max(self.timed_steps, 1),
+            "forward_ms_per_batch": self.timer.mean_ms(),
+            "tokens_per_second": self.timed_tokens / elapsed,
+        }
+        self.write(
+            "train", loss=loss, ppl=perplexity(loss), grad_norm=norms / self.at.interval_steps, **speed
+        )
+        progress.report(
+            f"loss {loss:.4f} | ppl {perplexity(loss):.2f} | {speed['tokens_per_second']:,.0f} tokens/s | "
+            f"{speed['ms_per_batch']:.1f} ms/batch, forward {speed['forward_ms_per_batch']:.1f} | "
+            f"lr {self.lr:g}"
+        )
+        self.at.epoch_nats += nats
+        self.at.epoch_tokens += self.at.interval_tokens
+        self.at.interval_steps = self.at.interval_tokens = 0
+        self.sums.zero_()
+        self.interval_clock, self.timed_steps, self.timed_tokens = self.clock, 0, 0
+
+    def validate(self) -> None:
+        """Ends an epoch: validation loss, learning rate, best.pt, last.pt."""
+        loss = self.evaluate("valid", self.interrupts)
+        if not math.isfinite(loss):
+            raise UserError(self.diverged("the validation loss"))
+        train_loss = self.at.epoch_nats / self.at.epoch_tokens
+        better = loss < self.at.best_valid
+        self.update_clock()
+        self.write(
+            "valid", loss=loss, ppl=perplexity(loss), train_loss=train_loss, train_ppl=perplexity(train_loss)
+        )
+        say(
+            f"epoch {self.at.epoch}: train ppl {perplexity(train_loss):.2f} | valid loss {loss:.4f}, ppl "
+            f"{perplexity(loss):.2f}{' (best)' if better else ''} | {self.at.seconds:.0f} s"
+        )
+        self.scheduler.step(loss)
+        if better:
+            self.save_best(loss)
+        self.at.epoch += 1
+        self.at.place = self.at.epoch_tokens = 0
+        self.at.epoch_nats = 0.0
+        self.state = None
+        self.save_last()
+        self.interval_clock = time.perf_counter()  # evaluation is not part of the next ms/batch
+
+    def evaluate(self, split: str, interrupts: runs.Interrupts | None = None) -> float:
+        """Mean loss of a split, nats per token."""
+        return evaluate(
+            self.model,
+            getattr(self.corpus, split),
+            self.args.eval_batch_size,
+            self.args.bptt,
+            self.device,
+            interrupts,
+            split,
+        )
+
+    def test(self) -> float | None:
+        """Loads the best model; its test loss in nats per token, or None when there is no best model yet."""
+        if not self.at.best_epoch:
+            return None
+        best = runs.load_checkpoint(self.folder / "best.pt")
+        self.model.load_state_dict(best["model"])
+        return self.evaluate("test")
+
+    # -- log, checkpoints
+
+    @property
+    def lr(self) -> float:
+        """The present learning rate."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def update_clock(self) -> None:
+        """Adds the time since the last call to the run's seconds."""
+        now = time.perf_counter()
+        self.at.seconds += now - self.clock
+        self.clock = now
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Logs an event of this moment."""
+        self.log.write(
+            event,
+            epoch=min(self.at.epoch, self.args.epochs),
+            step=self.at.step,
+            lr=self.lr,
+            **fields,
+            seconds=round(self.at.seconds, 3),
+        )
+
+    def check_finite(self) -> None:
+        """Raises UserError if since the last reading a loss or gradient was not finite."""
+        if not self.sums.isfinite().all():
+            raise UserError(self.diverged("the training loss or its gradient"))
+
+    def diverged(self, what: str) -> str:
+        last = self.folder / "last.pt"
+        kept = f"{last} is from before" if last.exists() else "no checkpoint had been written yet"
+        return (
+            f"{what} is not a finite number in epoch {self.at.epoch}, step {self.at.step}: it diverged. "
+            f"{kept}. Start again with a lower --lr (it was {self.args.lr:g}) or a lower --clip."
+        )
+
+    def save_last(self) -> bool:
+        """Writes last.pt; when the numbers have gone bad, raises UserError and leaves the earlier file."""
+        self.check_finite()
+        self.update_clock()
+        return runs.try_save_checkpoint(
+            self.folder / "last.pt",
+            {
+                **describe_model(self.kind, self.model, self.corpus.vocabulary),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "position": asdict(self.at),
+                "sums": self.sums,
+                "state": self.state,
+                "random": runs.random_states(),
+                "corpus": self.fingerprint,
+                "args": vars(self.args),
+            },
+        )
+
+    def save_best(self, loss: float) -> None:
+        """Writes best.pt and takes its loss as the one to beat: both or neither, so that they agree."""
+        saved = runs.try_save_checkpoint(
+            self.folder / "best.pt",
+            {
+                **describe_model(self.kind, self.model, self.corpus.vocabulary),
+                "args": vars(self.args),
+                "scores": {"epoch": self.at.epoch, "step": self.at.step, "valid_loss": loss},
+            },
+        )
+        if saved:
+            self.at.best_valid, self.at.best_epoch = loss, self.at.epoch
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up everything from a last.pt.
+
+        Raises:
+            UserError: it was made with another corpus, or does not fit the model.
+        """
+        if checkpoint.get("corpus") != self.fingerprint:
+            raise UserError(
+                f"the text in {self.corpus.folder} is not the one this run was started on (other words "
+                "or another order). Give the folder of that text with --data, or start a new run."
+            )
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scheduler.load_state_dict(checkpoint["scheduler"])
+            self.at = Position(**checkpoint["position"])
+            self.sums.copy_(checkpoint["sums"])
+            if checkpoint["state"] is not None:
+                fresh = self.model.initial_state(self.args.batch_size)
+                self.state = fresh.detach().clone().copy_(checkpoint["state"])
+            runs.restore_random_states(checkpoint["random"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            if runs.is_out_of_memory(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"last.pt does not fit its run ({reason}). Was it or args.json altered? Start a new run."
+            ) from None
+
+
+@contextlib.contextmanager
+def split_named(name: str, flag: str) -> Iterator[None]:
+    """Adds the split's name and the flag to a UserError from within."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}.txt and {flag} do not fit: {error}") from None
+
+
+# ---- the scripts' main program
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    script: str,
+    kind: str,
+    build_model: Callable[[argparse.Namespace, int, list[int] | None], LanguageModel],
+) -> int:
+    """Trains (or, with --evaluate, only scores) as the command line says.
+
+    Args:
+        parser: has `add_flags` and the model's own flags.
+        argv: the command line, None for the process's own.
+        script: the script's name without '.py'.
+        kind: key of MODELS.
+        build_model: makes the model from arguments, vocabulary size and cutoffs (None: full softmax); what it
+            raises as ValueError is told to the user.
+
+    Returns:
+        the exit status: 0, or 128 + the number of the signal that stopped the run.
+    """
+    args = runs.parse_arguments(parser, argv, script, may_change=("epochs", "data", "evaluate"))
+    if args.evaluate is not None:
+        if args.resume is not None:
+            raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
+        return score(args, "data" in runs.given_arguments(parser, argv))
+    device = runs.choose_device(args.cuda, args.threads)
+    runs.seed_everything(args.seed)
+    corpus = load_corpus(args.data, args.vocab_from)
+    print(
+        f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
+        f"tokens (train / valid / test), {len(corpus.vocabulary):,} words"
+    )
+    cutoffs = choose_softmax(args, len(corpus.vocabulary))
+    try:
+        model = build_model(args, len(corpus.vocabulary), cutoffs).to(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"model: {type(model).__name__}, {parameters:,} parameters")
+    trainer = Trainer(model, corpus, args, kind, device)
+
+    if args.resume is not None:
+        folder = Path(args.resume)
+        last = folder / "last.pt"
+        if last.exists():  # else it was killed before its first save: begin again, same seed
+            trainer.restore(runs.load_checkpoint(last))
+        runs.note_resume(folder, args, argv)
+        runs.RunLog(folder / "log.jsonl").write("resume", epoch=trainer.at.epoch, step=trainer.at.step)
+        print(
+            f"run folder: {folder}, resumed at step {trainer.at.step:,} in epoch {trainer.at.epoch}",
+            flush=True,
+        )
+    else:
+        folder = runs.create_run_folder(args.runs_folder, args.name, script)
+        print(f"run folder: {folder}", flush=True)
+    try:
+        if args.resume is None:
+            runs.write_arguments(
+                folder,
+                script,
+                args,
+                argv,
+                parameters=parameters,
+                corpus={
+                    "folder": str(corpus.folder),
+                    "words": len(corpus.vocabulary),
+                    "train": len(corpus.train),
+                    "valid": len(corpus.valid),
+                    "test": len(corpus.test),
+                    "sha256": trainer.fingerprint,
+                },
+            )
+        trainer.train(folder)
+    except Interrupted:
+        return tell_interrupted(trainer, script)
+    except BaseException:
+        # Whatever it was: a run that has not got as far as one good loss leaves nothing worth a folder.
+        if args.resume is None and not (trainer.at.epoch_tokens or trainer.at.epoch > 1):
+            runs.discard_run_folder(folder)
+        raise
+    tell_test(trainer, trainer.test(), "test")
+    return 0
+
+
+def tell_interrupted(trainer: Trainer, script: str) -> int:
+    """After an interrupt: the best model's test score (not for a scheduler in a hurry) and how to go on."""
+    at, signal_name = trainer.at, trainer.interrupts.requested
+    say(f"stopped by {signal_name} at step {at.step:,} in epoch {at.epoch}")
+    if signal_name == "SIGINT":
+        if at.best_epoch:
+            tell_test(trainer, trainer.test(), "interrupt")
+        else:
+            say("no epoch was finished, so there is no best model to test yet")
+    say(f"to go on: python {script}.py --resume {trainer.folder}")
+    return trainer.interrupts.exit_status
+
+
+def tell_test(trainer: Trainer, loss: float | None, event: str) -> None:
+    """Logs and prints the best model's scores, beside the best that the corpus allows where that is known."""
+    at = trainer.at
+    if loss is None:
+        say(f"no best.pt could be written to {trainer.folder}, so nothing is there to test")
+        return
+    trainer.write(
+        event,
+        loss=loss,
+        ppl=perplexity(loss),
+        best_epoch=at.best_epoch,
+        valid_loss=at.best_valid,
+        valid_ppl=perplexity(at.best_valid),
+    )
+    limit = best_possible(trainer.corpus.folder, "test")
+    say(
+        f"best model (epoch {at.best_epoch}): valid {loss_text(at.best_valid)} | test {loss_text(loss)}{limit}"
+    )
+
+
+def loss_text(loss: float) -> str:
+    """A loss as people want to read it."""
+    return f"loss {loss:.4f}, ppl {perplexity(loss):.2f}"
+
+
+def best_possible(folder: Path, split: str) -> str:
+    """' (best possible: ...)' if the corpus has an entropy.json, as a generated corpus may; else ''."""
+    try:
+        known = json.loads((folder / "entropy.json").read_text(encoding="utf-8"))[split]["perplexity"]
+        return f" (best possible: {float(known):.2f})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def score(args: argparse.Namespace, data_given: bool) -> int:
+    """Scores a checkpoint on valid and test: the --evaluate of both scripts."""
+    path = find_checkpoint(args.evaluate)
+    device = runs.choose_device(args.cuda, args.threads)
+    checkpoint = runs.load_checkpoint(path)
+    model, vocabulary = load_model(checkpoint, device)
+    saved = checkpoint.get("args")
+    saved = saved if isinstance(saved, dict) else {}
+    vocab_from = saved.get("vocab_from") if saved.get("vocab_from") in ("all", "train") else args.vocab_from
+    corpus = load_corpus(args.data if data_given else str(saved.get("data", args.data)), vocab_from)
+    if corpus.vocabulary.words != vocabulary.words:
+        raise UserError(
+            f"{path} was trained on another vocabulary ({len(vocabulary):,} words) than that "
+            f"of {corpus.folder} ({len(corpus.vocabulary):,} words). Name the corpus it was trained on with --data."
+        )
+    print(f"{path} on {corpus.folder}, {args.eval_batch_size} columns", flush=True)
+    for split in ("valid", "test"):
+        with split_named(split, "--eval-batch-size"):
+            loss = evaluate(
+                model, getattr(corpus, split), args.eval_batch_size, args.bptt, device, label=split
+            )
+        say(f"{split}: {loss_text(loss)}{best_possible(corpus.folder, split)}")
+    return 0

@@ -1,0 +1,75 @@
+"""Train a word-level LSTM, GRU or plain recurrent language model: the baseline of train_rmc.py.
+
+Example: python train_rnn.py --data tiny --epochs 5        Every run writes a folder under runs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import lm_training
+import runs
+from rnn_models import RNNLM
+
+SCRIPT = "train_rnn"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The script's command line."""
+    parser = argparse.ArgumentParser(
+        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=runs.HelpFormatter, allow_abbrev=False
+    )
+    network = parser.add_argument_group("recurrent network")
+    network.add_argument(
+        "--model", choices=("LSTM", "GRU", "RNN_TANH", "RNN_RELU"), default="LSTM", help="kind of cell"
+    )
+    network.add_argument(
+        "--emsize", type=runs.positive_int, default=300, metavar="UNITS", help="size of a word's embedding"
+    )
+    network.add_argument(
+        "--nhid", type=runs.positive_int, default=300, metavar="UNITS", help="hidden units per layer"
+    )
+    network.add_argument("--nlayers", type=runs.positive_int, default=1, metavar="N", help="recurrent layers")
+    network.add_argument(
+        "--tied",
+        action="store_true",
+        help="one matrix for embedding and softmax; needs --emsize equal to --nhid",
+    )
+    network.add_argument(
+        "--cudnn",
+        action="store_true",
+        help="torch's fused layer (cuDNN on a GPU) in place of a loop of cells; the same maths",
+    )
+    lm_training.add_dropout_flags(network, between_layers=True)
+    lm_training.add_flags(parser)
+    return parser
+
+
+def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | None) -> RNNLM:
+    """The model that the arguments describe, with random weights; ValueError where they are wrong."""
+    if args.tied and cutoffs is not None:
+        raise ValueError(
+            "--tied and --adaptivesoftmax exclude each other: the clusters of adaptive softmax have weights "
+            "of their own. Leave one of them away."
+        )
+    return RNNLM(
+        vocab_size,
+        model=args.model,
+        embedding_size=args.emsize,
+        hidden_size=args.nhid,
+        num_layers=args.nlayers,
+        cutoffs=cutoffs,
+        tied=args.tied,
+        fused=args.cudnn,
+        **lm_training.dropouts(args),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit status."""
+    return lm_training.run(build_parser(), argv, SCRIPT, "rnn", build_model)
+
+
+if __name__ == "__main__":
+    runs.run_script(main, lm_training.LOWER_MEMORY)
