@@ -1,0 +1,103 @@
+"""A training step as one CUDA graph.
+
+On a GPU, a step of many small operations takes as long as launching them one by one; a graph launches all at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Eager calls before the capture: in them libraries set themselves up and the optimiser makes its state.
+WARMUP_CALLS = 3
+
+
+class CapturedStep:
+    """A function of tensors that is recorded once and then replayed on a GPU, and simply called elsewhere.
+
+    Every call does the function's work exactly once, the eager ones before the recording too, so that what a
+    training step changes (weights, optimiser, random generators) is the same with and without graphs.
+
+    What the function must keep to, to be recorded:
+        * the same shapes and the same operations at every call, and nothing that waits for the device
+          (`.item()`, printing);
+        * what it changes from call to call is in tensors that stay in place: a learning rate as a tensor,
+          `add_` to a sum;
+        * gradients are set to None before backward, so that the recorded backward writes them and does not
+          add to them;
+        * Adam with `capturable=True`.
+    Its results are overwritten by the next call: use or copy them before.
+
+    Args:
+        function: takes tensors, returns a tensor, a structure of tensors or None.
+        device: where it works; recorded only on a CUDA device.
+        enabled: False calls it eagerly everywhere.
+        generators: the random generators that it draws from, besides the device's default one.
+        on_failure: told why, in one line, when recording fails; the function is called eagerly from then on.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        device: torch.device,
+        enabled: bool = True,
+        generators: Iterable[torch.Generator] = (),
+        on_failure: Callable[[str], None] = print,
+    ):
+        self.function = function
+        self.generators = list(generators)
+        self.on_failure = on_failure
+        self.enabled = enabled and device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.enabled else None
+        self.warmup_left = WARMUP_CALLS
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.outputs: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if not self.enabled:
+            return self.function(*inputs)
+        if self.warmup_left:
+            self.warmup_left -= 1
+            return self._on_side_stream(inputs)
+        if self.graph is None and not self._capture(inputs):
+            return self.function(*inputs)
+        for static, given in zip(self.inputs, inputs, strict=True):
+            static.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+    def _on_side_stream(self, inputs: tuple[Tensor, ...]) -> Any:
+        """A plain call, on the kind of stream that recording will use."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(*inputs)
+        current.wait_stream(self.stream)
+        return outputs
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Records the function without running it. False, with the reason told, if that cannot be done."""
+        self.inputs = tuple(given.clone() for given in inputs)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            for generator in self.generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        except (
+            RuntimeError,
+            AttributeError,
+        ) as error:  # torch reports most of CUDA's refusals as RuntimeError
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.enabled, self.outputs = False, None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.on_failure(f"the step cannot be captured as a CUDA graph ({reason}); going on without")
+            return False
+        self.graph = graph
+        return True

@@ -1,0 +1,642 @@
+"""Train a relational memory core, or an LSTM, on the paper's task "Nth farthest" (arXiv:1806.01822).
+
+A sequence shows labelled vectors and asks which one is the n-th farthest from the vector labelled m. The
+defaults are the paper's settings: 8 vectors of 16 dimensions, Adam at 1e-4, batch 1600. Chance is 1/8; a
+model that has learned only that the nearest vector is m itself scores 2/8, and stays there for long; the
+paper's core ends at 91 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import runs
+from cuda_graphs import CapturedStep
+from nth_farthest import (
+    MODELS,
+    NthFarthestModel,
+    accuracy_by_rank,
+    count_correct,
+    loss_and_correct,
+    make_batch,
+    question_of,
+)
+from runs import UserError, say
+
+SCRIPT = "train_nth_farthest"
+KIND = "nth_farthest"
+
+# Seeds of the two test sets, the same for every run, so that their scores compare. The first is looked at
+# during training and chooses best.pt; the second, four times as large, is for the final figures, which are
+# then free of that choice.
+TEST_SEED, FINAL_TEST_SEED = 91_000_001, 91_000_002
+FINAL_TEST_FACTOR = 4
+
+HOLD = 3  # evaluations in a row that must reach --target-accuracy
+
+
+# ---- flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    task = parser.add_argument_group("task")
+    task.add_argument(
+        "--num-vectors",
+        type=_sequence_length,
+        default=8,
+        metavar="K",
+        help="vectors in a sequence, and labels",
+    )
+    task.add_argument(
+        "--num-dims", type=runs.positive_int, default=16, metavar="D", help="dimensions of a vector"
+    )
+    task.add_argument(
+        "--test-examples",
+        type=runs.positive_int,
+        default=3200,
+        metavar="N",
+        help="fixed examples on which the test accuracy is measured",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", choices=MODELS, default="rmc", help="relational memory core, or LSTM baseline"
+    )
+    model.add_argument(
+        "--memslots", type=runs.positive_int, default=8, metavar="N", help="rows of the memory"
+    )
+    model.add_argument(
+        "--headsize", type=runs.positive_int, default=32, metavar="N", help="value size of a head"
+    )
+    model.add_argument("--numheads", type=runs.positive_int, default=8, metavar="N", help="attention heads")
+    model.add_argument(
+        "--total-units",
+        type=runs.positive_int,
+        default=None,
+        metavar="N",
+        help="memslots x numheads x headsize; sets the head size, in place of --headsize",
+    )
+    model.add_argument(
+        "--numblocks", type=runs.positive_int, default=1, metavar="N", help="attention blocks per time step"
+    )
+    model.add_argument(
+        "--attmlplayers",
+        type=runs.positive_int,
+        default=2,
+        metavar="N",
+        help="layers of the MLP after the attention",
+    )
+    model.add_argument(
+        "--keysize",
+        type=runs.non_negative_int,
+        default=0,
+        metavar="N",
+        help="query and key size of a head; 0 = the head size",
+    )
+    model.add_argument(
+        "--gatestyle",
+        choices=("unit", "memory", "none"),
+        default="unit",
+        help="one gate per unit, one per memory row, or no gates",
+    )
+    model.add_argument(
+        "--forgetbias",
+        type=runs.finite_float,
+        default=1.0,
+        metavar="X",
+        help="fixed number added to the forget gate before its sigmoid",
+    )
+    model.add_argument(
+        "--inputbias", type=runs.finite_float, default=0.0, metavar="X", help="the same for the input gate"
+    )
+    model.add_argument(
+        "--nhid", type=runs.positive_int, default=512, metavar="N", help="hidden units of the LSTM"
+    )
+    model.add_argument(
+        "--outputlayers",
+        type=runs.positive_int,
+        default=4,
+        metavar="N",
+        help="ReLU layers between the core and the logits",
+    )
+    model.add_argument("--outputunits", type=runs.positive_int, default=256, metavar="N", help="their width")
+    model.add_argument(
+        "--input-scale",
+        type=runs.positive_float,
+        default=1.0,
+        metavar="X",
+        help="factor on the vectors' coordinates; 1 = the paper's protocol",
+    )
+    model.add_argument(
+        "--memory-scale",
+        type=runs.positive_float,
+        default=1.0,
+        metavar="X",
+        help="factor on the identity that the memory starts as; 1 = the paper's protocol",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--steps",
+        type=runs.positive_int,
+        default=500_000,
+        metavar="N",
+        help="training steps; with --resume it may be changed",
+    )
+    training.add_argument(
+        "--batch-size",
+        "--batch_size",
+        type=runs.positive_int,
+        default=1600,
+        metavar="N",
+        help="examples per step, drawn afresh each time",
+    )
+    training.add_argument("--lr", type=runs.positive_float, default=1e-4, help="Adam's learning rate")
+    training.add_argument(
+        "--warmup",
+        type=runs.non_negative_int,
+        default=0,
+        metavar="STEPS",
+        help="steps in which the learning rate grows linearly from 0 to --lr",
+    )
+    training.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="the learning rate after the warm-up: as it is, or down to 0 at --steps along a cosine",
+    )
+    training.add_argument(
+        "--clip",
+        type=runs.non_negative_float,
+        default=0.1,
+        metavar="NORM",
+        help="largest L2 norm of the gradient; 0 = no clipping",
+    )
+    training.add_argument(
+        "--target-accuracy",
+        type=runs.probability,
+        default=1.0,
+        metavar="P",
+        help=f"stop early when the test accuracy has reached this {HOLD} times in a row",
+    )
+    training.add_argument(
+        "--stop-after",
+        type=runs.non_negative_float,
+        default=0.0,
+        metavar="MINUTES",
+        help="stop this session (not the run: --resume goes on) after this time; 0 = off",
+    )
+    training.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16 where autocast finds it safe"
+    )
+    training.add_argument(
+        "--tf32", action="store_true", help="allow TensorFloat-32 matrix products (recent GPUs)"
+    )
+    training.add_argument(
+        "--no-cuda-graph", action="store_true", help="launch a step's operations one by one on the GPU"
+    )
+    training.add_argument(
+        "--evaluate",
+        default=None,
+        metavar="RUN_FOLDER",
+        help="train nothing: accuracy by n and picture of the attention of a run's best.pt",
+    )
+    runs.add_run_flags(parser)
+    return parser
+
+
+# What --resume may change, besides what runs.py lists: when to stop, and how the GPU is told.
+RESUME_MAY_CHANGE = ("steps", "target_accuracy", "stop_after", "no_cuda_graph", "evaluate")
+
+
+def _sequence_length(text: str) -> int:
+    value = runs.positive_int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(
+            f"must be 2 or more, as there is nothing to compare otherwise, got {value}"
+        )
+    return value
+
+
+def build_model(args: argparse.Namespace, head_size_given: bool = False) -> NthFarthestModel:
+    """The model that the flags describe.
+
+    Raises:
+        UserError: --total-units does not fit the other sizes.
+    """
+    head_size = args.headsize
+    if args.total_units is not None:
+        rows = args.memslots * args.numheads
+        if head_size_given:
+            raise UserError(
+                "--total-units and --headsize exclude each other: the one follows from the other."
+            )
+        if args.total_units % rows:
+            raise UserError(
+                f"--total-units must be a multiple of --memslots x --numheads = {rows}, "
+                f"got {args.total_units}. Try {max(1, round(args.total_units / rows)) * rows}."
+            )
+        head_size = args.total_units // rows
+    return NthFarthestModel(
+        num_vectors=args.num_vectors,
+        num_dims=args.num_dims,
+        model=args.model,
+        mem_slots=args.memslots,
+        head_size=head_size,
+        num_heads=args.numheads,
+        num_blocks=args.numblocks,
+        forget_bias=args.forgetbias,
+        input_bias=args.inputbias,
+        gate_style=None if args.gatestyle == "none" else args.gatestyle,
+        attention_mlp_layers=args.attmlplayers,
+        key_size=args.keysize or None,
+        hidden_size=args.nhid,
+        head_layers=args.outputlayers,
+        head_units=args.outputunits,
+        input_scale=args.input_scale,
+        memory_scale=args.memory_scale,
+    )
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """The learning rate of a step, the first being 1.
+
+    It depends on nothing but the step, so a resumed run has nothing to restore. A schedule that waits for the
+    loss to
+    improve would be wrong here: on the plateau the loss stands still although all is well.
+    """
+    if step <= args.warmup:
+        return args.lr * step / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    progress = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---- training
+
+
+@dataclass
+class Position:
+    """Where a run stands, beyond the tensors."""
+
+    step: int = 0
+    interval_steps: int = 0  # since the last report
+    best_accuracy: float = -1.0  # on the test set
+    best_step: int = 0
+    times_on_target: int = 0  # reports in a row that have reached the target accuracy
+    seconds: float = 0.0  # of work, interruptions not counted
+
+
+class Trainer:
+    """A model in training: the loop, its log and its checkpoints.
+
+    Args:
+        model: on `device`.
+        args: the flags of `build_parser`.
+        device: where to compute.
+    """
+
+    def __init__(self, model: NthFarthestModel, args: argparse.Namespace, device: torch.device) -> None:
+        self.model, self.args, self.device = model, args, device
+        self.replicas = runs.wrap_data_parallel(model, device, args.batch_size)
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.lr = torch.zeros((), device=device)  # a tensor: a captured step reads it anew at each replay
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=self.lr, fused=True, capturable=device.type == "cuda"
+        )
+        # Sums of losses, right answers and gradient norms since the last report. They stay on the device: to
+        # read them the host has to wait for the GPU.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.step = CapturedStep(
+            self.train_step,
+            device,
+            enabled=not args.no_cuda_graph and self.replicas is model,
+            generators=[self.generator],
+            on_failure=runs.warn,
+        )
+        self.test_set = fixed_test_set(args, TEST_SEED, args.test_examples, device)
+        self.at = Position()
+        self.interrupts = runs.Interrupts()
+
+    def train_step(self) -> None:
+        """One optimiser step on a fresh batch. Nothing in it waits for the device, as CUDA graphs want it."""
+        args = self.args
+        inputs, targets = make_batch(
+            args.batch_size, args.num_vectors, args.num_dims, self.generator, self.device
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+            logits = self.replicas(inputs)
+        loss, correct = loss_and_correct(logits, targets)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip or math.inf)
+        self.optimizer.step()
+        self.sums += torch.stack([loss.detach(), correct, norm]).double()
+
+    def train(self, folder: Path) -> str:
+        """Trains until the steps are done, the target is held, the session's time is over or a signal comes.
+
+        Returns:
+            'finished', 'time' or 'interrupted'; last.pt has been written.
+
+        Raises:
+            UserError: the loss is no longer finite; the checkpoints are from before.
+        """
+        self.folder, self.log = folder, runs.RunLog(folder / "log.jsonl")
+        saving, ending = runs.Alarm(self.args.save_every), runs.Alarm(self.args.stop_after)
+        self.start_interval()
+        self.clock = self.interval_clock
+        self.model.train()
+        with self.interrupts, runs.Progress(self.args.steps, self.args.model, self.at.step) as progress:
+            while not self.finished():
+                self.lr.fill_(learning_rate(self.at.step + 1, self.args))
+                self.step()
+                self.at.step += 1
+                self.at.interval_steps += 1
+                self.timed_steps += 1
+                progress.advance()
+                if self.at.step % self.args.log_interval == 0 or self.at.step == self.args.steps:
+                    self.report(progress)
+                if saving.due():
+                    self.save_last()
+                if self.interrupts.requested or ending.due():
+                    break
+            self.save_last()
+        if self.finished():
+            return "finished"
+        return "interrupted" if self.interrupts.requested else "time"
+
+    def finished(self) -> bool:
+        """Whether all steps are done, or the target accuracy has been held."""
+        return self.at.step >= self.args.steps or self.at.times_on_target >= HOLD
+
+    def report(self, progress: runs.Progress) -> None:
+        """Reads the sums, measures the test accuracy; a "train" event and a line; best.pt where it is due."""
+        args, at = self.args, self.at
+        self.check_finite()
+        loss, accuracy, grad_norm = (self.sums / at.interval_steps).tolist()
+        accuracy /= args.batch_size
+        # The clock is read after the sums, for which the device had to finish, and before the test.
+        speed = self.timed_steps * args.batch_size / max(time.perf_counter() - self.interval_clock, 1e-9)
+        test_accuracy = self.test()
+        self.update_clock()
+        self.log.write(
+            "train",
+            step=at.step,
+            loss=loss,
+            accuracy=accuracy,
+            test_accuracy=test_accuracy,
+            grad_norm=grad_norm,
+            lr=learning_rate(at.step, args),
+            examples_per_second=round(speed, 1),
+            seconds=round(at.seconds, 3),
+        )
+        progress.report(
+            f"loss {loss:.4f} | train {accuracy:.1%} | test {test_accuracy:.1%} | {speed:,.0f} examples/s"
+        )
+        at.times_on_target = at.times_on_target + 1 if test_accuracy >= args.target_accuracy else 0
+        if test_accuracy > at.best_accuracy:
+            at.best_accuracy, at.best_step = test_accuracy, at.step
+            runs.try_save_checkpoint(
+                self.folder / "best.pt",
+                {
+                    **describe_model(self.model),
+                    "args": vars(args),
+                    "scores": {"step": at.step, "test_accuracy": test_accuracy},
+                },
+            )
+        at.interval_steps = 0
+        self.sums.zero_()
+        self.start_interval()
+
+    def start_interval(self) -> None:
+        """Begins to measure the speed anew."""
+        self.interval_clock, self.timed_steps = time.perf_counter(), 0
+
+    def test(self) -> float:
+        """Accuracy on the test set."""
+        inputs, targets = self.test_set
+        self.model.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            correct = count_correct(self.model, inputs, targets, self.args.batch_size)
+        self.model.train()
+        return correct.float().mean().item()
+
+    def update_clock(self) -> None:
+        """Adds the time since the last call to the run's seconds."""
+        now = time.perf_counter()
+        self.at.seconds += now - self.clock
+        self.clock = now
+
+    def check_finite(self) -> None:
+        """Raises UserError if since the last report a loss or gradient was not finite."""
+        if not self.sums.isfinite().all():
+            raise UserError(
+                f"the loss or its gradient is no longer finite (noticed at step {self.at.step:,}). "
+                f"{self.folder} keeps the checkpoints from before. "
+                f"Start a new run with a lower --lr than {self.args.lr:g}."
+            )
+
+    # -- checkpoints
+
+    def save_last(self) -> None:
+        """Writes last.pt: everything that the next step depends on."""
+        self.check_finite()
+        self.update_clock()
+        runs.try_save_checkpoint(
+            self.folder / "last.pt",
+            {
+                **describe_model(self.model),
+                "optimizer": self.optimizer.state_dict(),
+                "position": asdict(self.at),
+                "sums": self.sums,
+                "generator": self.generator.get_state(),
+                "device": self.device.type,
+                "random": runs.random_states(),
+                "args": vars(self.args),
+            },
+        )
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Puts back what `save_last` wrote.
+
+        Raises:
+            UserError: the checkpoint does not fit this run.
+        """
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.at = Position(**checkpoint["position"])
+            self.sums.copy_(checkpoint["sums"])
+            if checkpoint["device"] == self.device.type:
+                self.generator.set_state(checkpoint["generator"].cpu())
+            else:  # CPU and GPU generators cannot take each other's state; fresh examples serve as well
+                self.generator.manual_seed(self.args.seed + self.at.step)
+                runs.warn(
+                    f"the run was on another device ({checkpoint['device']}): "
+                    "its examples go on with other numbers"
+                )
+            runs.restore_random_states(checkpoint["random"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if runs.is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"last.pt does not fit this run ({str(error).splitlines()[0]}). Was it altered? "
+                "Start a new run."
+            ) from None
+        # The state dict brought its own learning rate, and the settings of the device it was saved on.
+        self.optimizer.param_groups[0].update(lr=self.lr, capturable=self.device.type == "cuda")
+
+
+def fixed_test_set(
+    args: argparse.Namespace, seed: int, examples: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same examples for every run of a task, whatever its seed and device: they are drawn on the CPU."""
+    batch = make_batch(examples, args.num_vectors, args.num_dims, torch.Generator().manual_seed(seed))
+    return batch[0].to(device), batch[1].to(device)
+
+
+def describe_model(model: NthFarthestModel) -> dict[str, Any]:
+    """What rebuilds a model without repeating a flag, as plain data."""
+    return {"kind": KIND, "config": model.config, "model": model.state_dict()}
+
+
+def load_model(checkpoint: dict[str, Any], device: torch.device | str = "cpu") -> NthFarthestModel:
+    """Rebuilds the model of a checkpoint, in eval mode.
+
+    Raises:
+        UserError: the checkpoint is of another kind, or its parts do not fit together.
+    """
+    if checkpoint.get("kind") != KIND:
+        raise UserError(
+            f"the checkpoint holds a model of kind {checkpoint.get('kind')!r}, not one made by {SCRIPT}.py. "
+            "Use a best.pt or last.pt of such a run."
+        )
+    try:
+        config, weights = checkpoint["config"], checkpoint["model"]
+        # Built without memory first: a config that asks for more than the file holds gets none.
+        with torch.device("meta"):
+            expected = {name: value.shape for name, value in NthFarthestModel(**config).state_dict().items()}
+        if expected != {name: value.shape for name, value in weights.items()}:
+            raise ValueError("weights and config are of different models")
+        model = NthFarthestModel(**config)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if runs.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the checkpoint does not fit together ({str(error).splitlines()[0]}). Was it altered? "
+            "Use another one."
+        ) from None
+    return model.to(device).eval()
+
+
+# ---- after training
+
+
+def final_report(
+    folder: Path, args: argparse.Namespace, device: torch.device, log: runs.RunLog | None
+) -> None:
+    """Measures best.pt on fresh examples, in all and by n, for screen and log, and draws its attention."""
+    path = folder / "best.pt"
+    if not path.is_file():
+        say(f"no best.pt in {folder}, so there is nothing to measure yet")
+        return
+    checkpoint = runs.load_checkpoint(path, device)
+    model = load_model(checkpoint, device)
+    inputs, targets = fixed_test_set(args, FINAL_TEST_SEED, FINAL_TEST_FACTOR * args.test_examples, device)
+    correct = count_correct(model, inputs, targets, args.batch_size)
+    by_rank = accuracy_by_rank(correct, question_of(inputs, args.num_vectors)[0], args.num_vectors)
+    accuracy, step = correct.float().mean().item(), checkpoint["scores"]["step"]
+    say(f"best model (step {step:,}): accuracy {accuracy:.2%} on {len(targets):,} fresh examples; by n:")
+    for rank, score in enumerate(by_rank):
+        note = "  the farthest" if rank == 0 else "  m itself" if rank == args.num_vectors - 1 else ""
+        say(f"  n = {rank}  {score:7.2%}{note}")
+    if log is not None:
+        log.write("final", step=step, accuracy=accuracy, accuracy_by_n=by_rank, examples=len(targets))
+    if args.model == "rmc":
+        draw_attention(model, inputs[:1], folder / "attention.png")
+
+
+def draw_attention(model: NthFarthestModel, inputs: torch.Tensor, path: Path) -> None:
+    """Writes a picture of the attention in one example, or says what is missing for it."""
+    try:
+        import plot_runs
+
+        plot_runs.draw_attention(model.attention(inputs)[0].cpu(), path)
+    except UserError as error:
+        say(f"no picture of the attention: {error}")
+    else:
+        say(f"attention on one example: {path}")
+
+
+# ---- the script
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains (or, with --evaluate, only measures) as the command line says; returns the exit status."""
+    parser = build_parser()
+    args = runs.parse_arguments(parser, argv, SCRIPT, may_change=RESUME_MAY_CHANGE)
+    if args.evaluate is not None:
+        if args.resume is not None:
+            raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
+        return evaluate_run(parser, args)
+    device = runs.choose_device(args.cuda, args.threads)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    runs.seed_everything(args.seed)
+    try:
+        model = build_model(args, "headsize" in runs.given_arguments(parser, argv)).to(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    K = args.num_vectors
+    print(f"task: {K} vectors of {args.num_dims} dimensions; chance {1 / K:.1%}, plateau {2 / K:.1%}")
+    print(f"model: {args.model}, {parameters:,} parameters")
+    trainer = Trainer(model, args, device)
+
+    if args.resume is None:
+        folder = runs.create_run_folder(args.runs_folder, args.name, SCRIPT)
+        runs.write_arguments(folder, SCRIPT, args, argv, parameters=parameters)
+        print(f"run folder: {folder}", flush=True)
+    else:
+        folder = Path(args.resume)
+        if (folder / "last.pt").exists():  # else it was killed before its first save: begin again, same seed
+            trainer.restore(runs.load_checkpoint(folder / "last.pt", device))
+        runs.note_resume(folder, args, argv)
+        runs.RunLog(folder / "log.jsonl").write("resume", step=trainer.at.step)
+        print(f"run folder: {folder}, resumed at step {trainer.at.step:,}", flush=True)
+
+    outcome = trainer.train(folder)
+    if outcome != "finished":
+        why = trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
+        best = max(0.0, trainer.at.best_accuracy)
+        say(f"stopped by {why} at step {trainer.at.step:,}, test accuracy at best {best:.1%}")
+        say(f"to go on: python {SCRIPT}.py --resume {folder}")
+        return trainer.interrupts.exit_status
+    final_report(folder, args, device, trainer.log)
+    return 0
+
+
+def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Measures the best model of a run folder, with the run's own arguments, on the device asked for now."""
+    folder = Path(args.evaluate)
+    of_run = runs.parse_arguments(parser, ["--resume", str(folder)], SCRIPT)
+    of_run.cuda, of_run.threads = args.cuda, args.threads
+    final_report(folder, of_run, runs.choose_device(args.cuda, args.threads), log=None)
+    return 0
+
+
+if __name__ == "__main__":
+    runs.run_script(main)
