@@ -191,7 +191,7 @@ def to_text(words: Sequence[str]) -> str:
 
 
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
-    """Ids of the prompt; of its unknown words those of `<unk>`, with a warning, if some word is known at all."""
+    """Ids of the prompt; unknown words become `<unk>`, with a warning, if there are known ones too."""
     words = prompt.split()
     unknown = [word for word in dict.fromkeys(words) if word not in vocabulary.index]
     if unknown and UNK in vocabulary.index and len(unknown) < len(set(words)):

@@ -755,9 +755,8 @@ def tell_test(trainer: Trainer, loss: float | None, event: str) -> None:
         valid_ppl=perplexity(at.best_valid),
     )
     limit = best_possible(trainer.corpus.folder, "test")
-    say(
-        f"best model (epoch {at.best_epoch}): valid {loss_text(at.best_valid)} | test {loss_text(loss)}{limit}"
-    )
+    valid = loss_text(at.best_valid)
+    say(f"best model (epoch {at.best_epoch}): valid {valid} | test {loss_text(loss)}{limit}")
 
 
 def loss_text(loss: float) -> str:
@@ -787,7 +786,7 @@ def score(args: argparse.Namespace, data_given: bool) -> int:
     if corpus.vocabulary.words != vocabulary.words:
         raise UserError(
             f"{path} was trained on another vocabulary ({len(vocabulary):,} words) than that "
-            f"of {corpus.folder} ({len(corpus.vocabulary):,} words). Name the corpus it was trained on with --data."
+            f"of {corpus.folder} ({len(corpus.vocabulary):,} words). Name its own corpus with --data."
         )
     print(f"{path} on {corpus.folder}, {args.eval_batch_size} columns", flush=True)
     for split in ("valid", "test"):
