@@ -260,24 +260,31 @@ def _saved_arguments(folder: Path, parser: argparse.ArgumentParser, script: str)
             f"{folder} is a run of {started_by}.py, this is {script}.py. Resume it with {started_by}.py."
         )
     for action in parser._actions:
-        values = saved.get(action.dest)
-        if values is None or not action.option_strings:
-            continue
-        for value in values if isinstance(values, list) else [values]:
-            try:
-                if action.nargs == 0:
-                    valid = isinstance(value, bool)
-                else:
-                    valid = (action.type(str(value)) if action.type else str(value)) == value
-                    valid = valid and (action.choices is None or value in action.choices)
-            except (argparse.ArgumentTypeError, ValueError):
-                valid = False
-            if not valid:
-                raise UserError(
-                    f"{path} holds {value!r} for {action.option_strings[0]}, which is no valid value. "
-                    "Was it edited? Put the old value back or start a new run."
-                )
+        if action.dest in saved and not _could_be_given(action, saved[action.dest]):
+            raise UserError(
+                f"{path} holds {saved[action.dest]!r} for {action.option_strings[0]}, no valid value. "
+                "Was it edited? Put the old value back or start a new run."
+            )
     return saved
+
+
+def _could_be_given(action: argparse.Action, value: Any) -> bool:
+    """Whether a flag on the command line could have this value, or has it by default."""
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if action.nargs == "+":
+        return isinstance(value, list) and len(value) > 0 and all(_is_one(action, item) for item in value)
+    return _is_one(action, value)
+
+
+def _is_one(action: argparse.Action, value: Any) -> bool:
+    try:
+        parsed = action.type(str(value)) if action.type else str(value)
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+    return parsed == value and (action.choices is None or value in action.choices)
 
 
 # ---- files
