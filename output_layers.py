@@ -136,21 +136,28 @@ def _two_digits(number: float) -> int:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias), the logits never held whole.
+    """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias) against targets, logits never held whole.
 
-    hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; gives a scalar.
-    The gradients are made in the forward pass, CHUNK_ROWS rows of logits at a time: the logits of the whole
-    window would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks.
+    hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; returns a scalar.
+    The gradients are made in the forward pass, CHUNK_ROWS rows of logits at a time: the logits of the whole window
+    would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks. Under autocast the
+    products are of the lower precision, the softmax and the sums are not.
+
+    Raises:
+        RuntimeError: in the backward pass, when a second derivative is asked for.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
-    nats, _ = _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients=False)
-    return nats
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+            return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+        nats, _ = _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients=False)
+        return nats
 
 
-def plain_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> Tensor:
+def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """The readable reference of linear_cross_entropy: all logits at once, gradients by autograd."""
     logits = F.linear(hidden, weight, bias)
     return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
@@ -167,7 +174,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_nats):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "linear_cross_entropy has no second derivative; plain_linear_cross_entropy has one"
+                "linear_cross_entropy has no second derivative; use plain_linear_cross_entropy where one is needed"
             )
         gradients = (None if g is None else g * grad_nats.to(g.dtype) for g in ctx.saved_tensors)
         return *gradients, None
@@ -175,27 +182,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
     """Summed nats and, if asked for, its gradients by hidden, weight and bias."""
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    nats = torch.zeros((), dtype=accumulate, device=hidden.device)
-    counted = targets >= 0
+    full = torch.promote_types(hidden.dtype, torch.float32)
+    nats = torch.zeros((), dtype=full, device=hidden.device)
+    counted = (targets >= 0).to(full).unsqueeze(1)
     labels = targets.clamp(min=0).unsqueeze(1)
+    # One buffer for the scores of all chunks: fresh memory for each would cost as much as the softmax itself.
+    buffer = torch.empty(min(CHUNK_ROWS, hidden.size(0)), weight.size(0), dtype=full, device=hidden.device)
     if with_gradients:
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight, dtype=full)
         grad_bias = None if bias is None else torch.zeros_like(bias)
     for start in range(0, hidden.size(0), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        chunk, label, keep = hidden[rows], labels[rows], counted[rows]
-        scores = F.linear(chunk, weight, bias).to(accumulate)
-        log_sums = scores.logsumexp(dim=1)
-        nats += ((log_sums - scores.gather(1, label).squeeze(1)) * keep).sum()
+        chunk, label, counts = hidden[rows], labels[rows], counted[rows]
+        scores = _scores(chunk, weight, bias, out=buffer[: chunk.size(0)])
+        # In place where the kernel is known to read a row before it writes it.
+        scores = torch.log_softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
+        nats -= (scores.gather(1, label) * counts).sum()
         if with_gradients:
-            # d nats / d scores = softmax(scores) - onehot(label), and zero in rows that do not count.
-            errors = scores.sub_(log_sums.unsqueeze(1)).exp_()
-            errors.scatter_add_(1, label, errors.new_full((), -1.0).expand_as(label))
-            errors = errors.mul_(keep.unsqueeze(1)).to(chunk.dtype)
-            torch.mm(errors, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(errors.t(), chunk)
+            # d nats / d scores = softmax(scores) - onehot(label) in the rows that count. The others are masked on the
+            # side of the hidden vectors, which is so much smaller.
+            errors = scores.exp_().scatter_add_(1, label, scores.new_full((), -1.0).expand_as(label))
+            errors = errors.to(weight.dtype)
+            counts = counts.to(weight.dtype)
+            torch.mm(errors, weight, out=grad_hidden[rows]).mul_(counts)
+            if errors.dtype == full:
+                grad_weight.addmm_(errors.t(), chunk * counts)
+            else:
+                grad_weight += errors.t() @ (chunk * counts)
             if bias is not None:
-                grad_bias += errors.sum(dim=0)
-    return nats, ((grad_hidden, grad_weight, grad_bias) if with_gradients else None)
+                grad_bias += errors.t() @ counts.squeeze(1)
+    return nats, ((grad_hidden, grad_weight.to(weight.dtype), grad_bias) if with_gradients else None)
+
+
+def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden @ weight.T + bias, written to out, which may be of a higher precision."""
+    if hidden.dtype != out.dtype:
+        out.copy_(hidden @ weight.t())
+        return out if bias is None else out.add_(bias)
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
