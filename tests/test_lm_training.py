@@ -1,0 +1,396 @@
+"""The training loop and the evaluation that both language models share."""
+
+import argparse
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import lm_training
+import runs
+import train_rmc
+import train_rnn
+from data_utils import Corpus, TokenColumns, Vocabulary
+from runs import UserError
+
+V = 29
+RMC = ["--emsize", "12", "--headsize", "5", "--numheads", "2", "--keysize", "3", "--memslots", "2"]
+RNN = ["--emsize", "12", "--nhid", "14", "--nlayers", "2"]
+COMMON = ["--batch_size", "7", "--bptt", "11", "--eval-batch-size", "3", "--dropout", "0"]
+ADAPTIVE = ["--adaptivesoftmax", "--cutoffs", "8", "17"]
+SCRIPTS = {"rmc": (train_rmc, RMC), "rnn": (train_rnn, RNN)}
+
+
+def ids(count, seed):
+    draw = random.Random(seed)
+    return torch.tensor([draw.randrange(V) for _ in range(count)], dtype=torch.uint8)
+
+
+def make_corpus(tmp_path):
+    return Corpus(tmp_path, Vocabulary([f"w{i}" for i in range(V)]), ids(505, 1), ids(101, 2), ids(97, 3))
+
+
+def make_trainer(tmp_path, kind, *argv):
+    script, sizes = SCRIPTS[kind]
+    args = script.build_parser().parse_args([*sizes, *COMMON, *argv])
+    runs.seed_everything(args.seed)
+    corpus = make_corpus(tmp_path)
+    model = script.build_model(args, V, lm_training.choose_softmax(args, V))
+    trainer = lm_training.Trainer(model, corpus, args, kind, torch.device("cpu"))
+    trainer.folder = tmp_path
+    trainer.log = runs.RunLog(tmp_path / "log.jsonl")
+    return trainer
+
+
+class Table(nn.Module):
+    """A language model without memory: the loss of each pair of words is a number in a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.nats = torch.rand(V, V, dtype=torch.float64)
+        self.dropout = nn.Dropout(0.5)
+
+    def initial_state(self, batch_size):
+        return torch.zeros(batch_size, 1)
+
+    def forward(self, tokens, targets, state):
+        scored = targets >= 0
+        return self.dropout(self.nats[tokens[scored], targets[scored]]).sum().reshape(1), state
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 50, 100])
+@pytest.mark.parametrize("bptt", [1, 4, 5, 1000])
+def test_fault_4_every_target_is_scored_once_whatever_batch_and_window(batch_size, bptt):
+    """The old port dropped leftover tokens and weighed a short last window as a full one."""
+    text, table = ids(101, 4), Table()
+    expected = sum(table.nats[text[i].long(), text[i + 1].long()].item() for i in range(100)) / 100
+    assert lm_training.evaluate(table, text, batch_size, bptt, "cpu") == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_fault_4_one_evaluation_for_both_models_as_one_stream(tmp_path, kind):
+    """With one column: the mean of what the model says word by word, for RMC and LSTM by the same function."""
+    model = make_trainer(tmp_path, kind).model.double().eval()
+    text, state, nats = ids(60, 5).long(), model.initial_state(1), 0.0
+    with torch.no_grad():
+        for word, following in zip(text[:-1], text[1:], strict=True):
+            log_probabilities, state = model.log_probabilities(word.reshape(1, 1), state)
+            nats -= log_probabilities[0, following].item()
+    expected = nats / 59
+    for bptt in (1, 7, 59, 1000):
+        assert lm_training.evaluate(model, text, 1, bptt, "cpu") == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_evaluation_does_not_depend_on_the_window(tmp_path, kind):
+    model = make_trainer(tmp_path, kind, "--dropout", "0.6").model.double()
+    model.train()
+    losses = [lm_training.evaluate(model, ids(100, 6), 4, bptt, "cpu") for bptt in (2, 9, 25, 300)]
+    assert max(losses) - min(losses) < 1e-10  # and dropout is off
+    assert model.training  # put back as it was
+
+
+def test_evaluation_stops_when_asked(tmp_path):
+    interrupts = runs.Interrupts()
+    interrupts.requested = "SIGTERM"
+    table = Table()
+    with pytest.raises(lm_training.Interrupted):
+        lm_training.evaluate(table, ids(50, 1), 2, 5, "cpu", interrupts)
+    assert table.training
+
+
+def test_split_shorter_than_its_batch_names_split_and_flag(tmp_path):
+    with pytest.raises(UserError, match="valid.txt and --eval-batch-size"):
+        make_trainer(tmp_path, "rnn", "--eval-batch-size", "101")
+    with pytest.raises(UserError, match="train.txt and --batch_size"):
+        make_trainer(tmp_path, "rnn", "--batch_size", "505")
+
+
+def test_perplexity_of_a_huge_loss_is_infinite():
+    assert lm_training.perplexity(math.log(105.5)) == pytest.approx(105.5)
+    assert lm_training.perplexity(1e6) == math.inf
+
+
+# ---- the loop
+
+
+@pytest.mark.parametrize("batch_size, bptt", [(1, 50), (7, 11), (8, 9), (504, 3), (60, 100)])
+def test_targets_are_counted_as_the_windows_hold_them(tmp_path, batch_size, bptt):
+    trainer = make_trainer(tmp_path, "rnn", "--batch_size", str(batch_size))
+    place = 0
+    for _, targets in TokenColumns(ids(505, 1), batch_size).windows(bptt):
+        stop = place + targets.shape[1]
+        assert trainer.targets_before(stop) - trainer.targets_before(place) == (targets >= 0).sum()
+        place = stop
+    assert trainer.targets_before(place) == 504
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_training_loss_is_weighed_by_tokens_and_state_is_carried(tmp_path, kind):
+    """With next to no learning rate, an epoch of training must report what evaluation of that text does."""
+    trainer = make_trainer(tmp_path, kind, "--lr", "1e-30")
+    expected = lm_training.evaluate(trainer.model, trainer.corpus.train, 7, 1000, "cpu")
+    trainer.train_epoch()
+    assert trainer.at.epoch_tokens == 504
+    assert trainer.at.epoch_nats / 504 == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradient_is_that_of_the_mean_and_is_clipped(tmp_path):
+    trainer = make_trainer(tmp_path, "rnn", "--clip", "0.01")
+    tokens, targets = next(trainer.columns.windows(11))
+    loss, _ = trainer.model.loss(tokens, targets, trainer.model.initial_state(7))
+    loss.backward()
+    expected = [parameter.grad.clone() for parameter in trainer.model.parameters()]
+    norm = torch.stack([gradient.square().sum() for gradient in expected]).sum().sqrt()
+    assert norm > 0.01
+    trainer.state = trainer.model.initial_state(7)
+    trainer.step(tokens, targets)
+    for gradient, parameter in zip(expected, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * (0.01 / norm), rtol=1e-4, atol=1e-9)
+    assert trainer.sums.tolist() == pytest.approx([loss.item() * 77, norm.item()], rel=1e-5)
+    assert not trainer.state.requires_grad
+
+
+class Shards(nn.Module):
+    """What DataParallel does, by hand: arguments cut along their first dimension, results joined along theirs."""
+
+    def __init__(self, model, count):
+        super().__init__()
+        self.model, self.count = model, count
+
+    def forward(self, *arguments):
+        pieces = zip(*(argument.chunk(self.count) for argument in arguments), strict=True)
+        results = [self.model(*piece) for piece in pieces]
+        return tuple(torch.cat(column) for column in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("softmax", [[], ADAPTIVE], ids=["full", "adaptive"])
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_fault_5_replicas_split_inputs_targets_and_state_along_the_batch(tmp_path, kind, softmax, count):
+    """An epoch on several devices is the epoch on one: the last, ragged window included."""
+    one, many = (make_trainer(tmp_path, kind, *softmax) for _ in range(2))
+    many.replicas = Shards(many.model, count)
+    for trainer in (one, many):
+        trainer.model.double()
+        trainer.train_epoch()
+    assert many.at.epoch_nats == pytest.approx(one.at.epoch_nats, rel=1e-12)
+    torch.testing.assert_close(many.state, one.state, rtol=0, atol=1e-10)
+    for (name, a), b in zip(one.model.named_parameters(), many.model.parameters(), strict=True):
+        assert a.grad is not None, name
+        torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-10)
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-7)  # Adam divides by gradients that may be near 0
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_fault_3_adaptive_softmax_is_in_optimiser_and_checkpoint(tmp_path, kind):
+    """The old LSTM's adaptive-softmax weights were in neither: they never learned and were lost."""
+    trainer = make_trainer(tmp_path, kind, *ADAPTIVE)
+    held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, trainer.model.parameters()))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train_epoch()
+    for name, value in trainer.model.named_parameters():
+        assert not torch.equal(value, before[name]), name
+    loss = trainer.evaluate("valid")
+    trainer.save_best(loss)
+    model, vocabulary = lm_training.load_model(runs.load_checkpoint(tmp_path / "best.pt"))
+    assert lm_training.evaluate(model, trainer.corpus.valid, 3, 11, "cpu") == loss
+    assert vocabulary.words == trainer.corpus.vocabulary.words
+
+
+def test_best_model_and_learning_rate_follow_the_validation_loss(tmp_path, monkeypatch):
+    """Six epochs without a better loss halve the rate (five do not); best.pt is that of the best epoch."""
+    trainer = make_trainer(tmp_path, "rnn", "--epochs", "12", "--bptt", "200", "--lr", "0.004")
+    losses = iter([5.0, 4.0, *[4.5] * 7, 3.0, 9.0, 3.5])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: next(losses))
+    trainer.train(tmp_path)
+    valid = [event for event in runs.read_log(tmp_path / "log.jsonl") if event["event"] == "valid"]
+    assert [event["lr"] for event in valid] == [0.004] * 8 + [0.002] * 4
+    assert runs.load_checkpoint(tmp_path / "best.pt")["scores"]["epoch"] == 10
+    assert (trainer.at.best_epoch, trainer.at.best_valid) == (10, 3.0)
+
+
+def test_timed_saves_within_an_epoch(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, "rnn", "--epochs", "1")
+    due = iter([False] * 3 + [True] + [False] * 3)
+    monkeypatch.setattr(trainer.alarm, "due", lambda: next(due))
+    saved = []
+    monkeypatch.setattr(trainer, "save_last", lambda: saved.append(trainer.at.step))
+    trainer.train(tmp_path)
+    assert saved == [4, 7]  # step 4 by the clock; 7 steps make the epoch, which ends in a save
+
+
+def spoil(trainer, at_step):
+    """Makes the model give NaN from a step on."""
+    forward = trainer.replicas.forward
+
+    def spoilt(tokens, targets, state):
+        nats, state = forward(tokens, targets, state)
+        return (nats * math.nan if trainer.at.step >= at_step else nats), state
+
+    trainer.replicas.forward = spoilt
+
+
+@pytest.mark.parametrize("moment", ["log interval", "timed save", "interrupt", "end of epoch"])
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path, monkeypatch, moment):
+    trainer = make_trainer(
+        tmp_path, "rnn", "--epochs", "3", "--log-interval", "4" if moment == "log interval" else "999"
+    )
+    steps = math.ceil(72 / 11)
+    spoil(trainer, steps + 1)
+    kept = {}
+
+    def due():
+        if trainer.at.step == steps + 1:  # all is well until here
+            kept.update({name: (tmp_path / name).read_bytes() for name in ("best.pt", "last.pt")})
+        if moment == "interrupt" and trainer.at.step == steps + 3:
+            trainer.interrupts.requested = "SIGINT"
+        return moment == "timed save" and trainer.at.step == steps + 3
+
+    monkeypatch.setattr(trainer.alarm, "due", due)
+    with pytest.raises(UserError, match="not a finite number.*diverged.*last.pt is from before.*lower --lr"):
+        trainer.train(tmp_path)
+    assert kept and kept == {name: (tmp_path / name).read_bytes() for name in kept}
+
+
+def test_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
+    """A finite loss with an infinite gradient spoils the weights in the same step."""
+    trainer = make_trainer(tmp_path, "rnn")
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    trainer.state = trainer.model.initial_state(7)
+    trainer.step(*next(trainer.columns.windows(11)))
+    with pytest.raises(UserError, match="not a finite number"):
+        trainer.save_last()
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, "rnn")
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: math.nan)
+    with pytest.raises(UserError, match="the validation loss is not a finite number"):
+        trainer.train(tmp_path)
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_failed_writes_do_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """A full disk at the best epoch: its score is not taken for saved, a later and worse one is written."""
+    trainer = make_trainer(tmp_path, "rnn", "--epochs", "2", "--bptt", "200")
+    losses = iter([2.0, 3.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: next(losses))
+    save, calls = runs.save_checkpoint, []
+
+    def full_disk_at_first(path, contents):
+        calls.append(path.name)
+        if len(calls) <= 2:
+            raise OSError(28, "No space left on device")
+        save(path, contents)
+
+    monkeypatch.setattr(runs, "save_checkpoint", full_disk_at_first)
+    trainer.train(tmp_path)
+    assert calls == ["best.pt", "last.pt"] * 2
+    assert capsys.readouterr().err.count("No space left on device") == 2
+    assert runs.load_checkpoint(tmp_path / "best.pt")["scores"]["valid_loss"] == trainer.at.best_valid == 3.0
+
+
+# ---- checkpoints
+
+
+def checkpoint_of(tmp_path, kind="rnn"):
+    trainer = make_trainer(tmp_path, kind)
+    trainer.save_best(1.0)
+    return runs.load_checkpoint(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_fault_7_a_checkpoint_rebuilds_the_model_from_plain_data(tmp_path, kind):
+    trainer = make_trainer(tmp_path, kind)
+    trainer.save_best(1.0)
+    contents = torch.load(tmp_path / "best.pt", weights_only=True)
+    model, _ = lm_training.load_model(contents)
+    assert type(model) is type(trainer.model) and model.config == trainer.model.config and not model.training
+    for (name, a), b in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.update(kind="cnn"), "kind 'cnn'"),
+        (lambda c: c.update(kind=["rnn"]), "kind"),
+        (lambda c: c.pop("model"), "no 'model'"),
+        (lambda c: c.update(config=3), "does not fit"),
+        (lambda c: c.update(model=[1]), "does not fit"),
+        (lambda c: c["words"].pop(), "29 words, the vocabulary has 28"),
+        (lambda c: c["words"].__setitem__(3, "w4"), "different"),
+        (lambda c: c["words"].__setitem__(3, 4), "strings"),
+        (lambda c: c["config"].update(hidden_size=10**6), "expected"),
+        (lambda c: c["config"].update(hidden_size="x"), "does not fit"),
+        (lambda c: c["config"].update(strange=1), "strange"),
+        (lambda c: c["model"].pop("embedding.weight"), "embedding.weight"),
+        (lambda c: c["model"]["embedding.weight"].fill_(math.nan), "not finite"),
+        (lambda c: c["model"].update({"embedding.weight": torch.zeros(2)}), "embedding.weight: expected"),
+    ],
+)
+def test_checkpoints_whose_parts_do_not_fit_are_refused(tmp_path, change, message):
+    contents = checkpoint_of(tmp_path)
+    change(contents)
+    with pytest.raises(UserError, match=message) as caught:
+        lm_training.load_model(contents)
+    assert "\n" not in str(caught.value)
+
+
+def test_find_checkpoint(tmp_path):
+    assert lm_training.find_checkpoint(tmp_path / "x.pt") == tmp_path / "x.pt"
+    with pytest.raises(UserError, match="no best.pt"):
+        lm_training.find_checkpoint(tmp_path)
+    (tmp_path / "best.pt").write_bytes(b"")
+    assert lm_training.find_checkpoint(tmp_path) == tmp_path / "best.pt"
+
+
+def test_fingerprint_changes_with_words_and_text(tmp_path):
+    whole = lm_training.fingerprint(make_corpus(tmp_path))
+    assert whole == lm_training.fingerprint(make_corpus(tmp_path / "elsewhere"))
+    for name in ("train", "valid", "test"):
+        other = make_corpus(tmp_path)
+        getattr(other, name)[5] += 1
+        assert lm_training.fingerprint(other) != whole
+    other = make_corpus(tmp_path)
+    other.vocabulary.words[3] = "changed"
+    assert lm_training.fingerprint(other) != whole
+
+
+# ---- flags
+
+
+def softmax_of(*argv):
+    parser = argparse.ArgumentParser()
+    lm_training.add_flags(parser)
+    return lm_training.choose_softmax(parser.parse_args(list(argv)), 1000)
+
+
+def test_cutoffs(capsys):
+    assert softmax_of() is None
+    assert softmax_of("--adaptivesoftmax", "--cutoffs", "10", "999") == [10, 999]
+    chosen = softmax_of("--adaptivesoftmax")
+    assert chosen == sorted(set(chosen)) and 0 < chosen[-1] < 1000
+    assert " ".join(map(str, chosen)) in capsys.readouterr().out
+    for bad in (["20", "10"], ["10", "10"], ["10", "1000"], ["10000", "50000", "100000"]):
+        with pytest.raises(UserError, match=r"increasing and below the vocabulary size 1,000.*Try --cutoffs"):
+            softmax_of("--adaptivesoftmax", "--cutoffs", *bad)
+    with pytest.raises(UserError, match="without --adaptivesoftmax"):
+        softmax_of("--cutoffs", "10")
+
+
+def test_best_possible_perplexity_is_told_where_it_is_known(tmp_path):
+    assert lm_training.best_possible(tmp_path, "test") == ""
+    for text in ("", "[]", '{"test": 3}', '{"test": {"perplexity": "x"}}'):
+        (tmp_path / "entropy.json").write_text(text)
+        assert lm_training.best_possible(tmp_path, "test") == ""
+    (tmp_path / "entropy.json").write_text('{"test": {"perplexity": 1.654}}')
+    assert lm_training.best_possible(tmp_path, "test") == " (best possible: 1.65)"
