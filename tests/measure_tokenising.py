@@ -85,7 +85,11 @@ def measure(way: str, folder: Path) -> dict:
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # given in kB on Linux
 
-    before, started = peak(), time.perf_counter()
+    def processor_seconds():  # of this process and those it has waited for
+        both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        return sum(sum(resource.getrusage(who)[:2]) for who in both)
+
+    before, busy_before, started = peak(), processor_seconds(), time.perf_counter()
     if way == "obvious loop":
         words, ids = obvious_loop(folder)
         seconds = time.perf_counter() - started
@@ -95,7 +99,7 @@ def measure(way: str, folder: Path) -> dict:
         seconds = time.perf_counter() - started
         words = corpus.vocabulary.words
         arrays = [corpus.train.numpy(), corpus.valid.numpy(), corpus.test.numpy()]
-    after = peak()
+    after, busy = peak(), processor_seconds() - busy_before
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
     digest = hashlib.sha256("\n".join(words).encode())
     for ids in arrays:
@@ -103,8 +107,8 @@ def measure(way: str, folder: Path) -> dict:
             digest.update(ids[start : start + (1 << 20)].astype(np.int64).tobytes())
     size = sum(ids.nbytes for ids in arrays) / 1e6
     return {
-        "way": way, "seconds": seconds, "before": before, "peak": after, "worker": worker, "ids": size,
-        "tokens": sum(map(len, arrays)), "types": len(words), "digest": digest.hexdigest(),
+        "way": way, "seconds": seconds, "busy": busy, "before": before, "peak": after, "worker": worker,
+        "ids": size, "tokens": sum(map(len, arrays)), "types": len(words), "digest": digest.hexdigest(),
     }  # fmt: skip
 
 
@@ -126,18 +130,17 @@ def main() -> None:
             f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.system()}, "
             f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} before the start"
         )
-        print(f"{'way':<24}{'seconds':>9}{'x loop':>8}{'peak MB':>9}{'at start':>10}{'ids':>7}{'worker':>10}")
+        heads = ("seconds", "x loop", "CPU s", "peak MB", "at start", "ids MB", "worker MB")
+        print(f"{'way':<24}" + "".join(f"{head:>10}" for head in heads))
         rows = []
         for way in ("obvious loop", "load_corpus, no cache", "load_corpus, cached"):
             command = [sys.executable, __file__, "--one", way, folder]
             row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             rows.append(row)
-            ratio = rows[0]["seconds"] / row["seconds"]
-            print(
-                f"{way:<24}{row['seconds']:>9.1f}{ratio:>8.1f}{row['peak']:>9.0f}{row['before']:>10.0f}"
-                f"{row['ids']:>7.0f}{row['worker']:>10.0f}",
-                flush=True,
-            )
+            numbers = [row["seconds"], rows[0]["seconds"] / row["seconds"], row["busy"]]
+            sizes = [row["peak"], row["before"], row["ids"], row["worker"]]
+            cells = [f"{x:>10.1f}" for x in numbers] + [f"{x:>10.0f}" for x in sizes]
+            print(f"{way:<24}" + "".join(cells), flush=True)
         assert len({(row["digest"], row["tokens"], row["types"]) for row in rows}) == 1, "results differ"
         assert rows[0]["tokens"] == args.tokens and rows[0]["types"] == args.types, rows[0]
         print("results equal")

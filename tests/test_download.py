@@ -342,6 +342,6 @@ def test_the_published_table_is_complete():
         for mirror in published.mirrors:
             assert mirror.startswith("https://")
             last = mirror.rsplit("/", 1)[1]
-            for name in [last] if last else ["train.txt", "valid.txt", "test.txt"]:  # nothing is taken unverified
+            for name in [last] if last else ["train.txt", "valid.txt", "test.txt"]:  # all get verified
                 algorithm, digest = published.digests[name]
                 assert len(bytes.fromhex(digest)) * 2 == lengths[algorithm]
