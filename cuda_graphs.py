@@ -83,8 +83,8 @@ class CapturedStep:
     def _capture(self, inputs: tuple[Tensor, ...]) -> bool:
         """Records the function without running it. False, with the reason told, if that cannot be done."""
         self.inputs = tuple(given.clone() for given in inputs)
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             for generator in self.generators:
                 graph.register_generator_state(generator)
             with torch.cuda.graph(graph, stream=self.stream):

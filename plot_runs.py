@@ -209,7 +209,7 @@ def draw_attention(weights: Any, path: Path) -> None:
     """Draws the attention of one sequence: a row of pictures per head, a column per time step.
 
     Args:
-        weights: (T, heads, R, R) array or CPU tensor; query rows, then key rows, the input row being the
+        weights: (T, heads, R, R) array; query rows, then key rows, the input row being the
             last.
         path: the PNG to write.
 

@@ -575,7 +575,7 @@ def draw_attention(model: NthFarthestModel, inputs: torch.Tensor, path: Path) ->
     try:
         import plot_runs
 
-        plot_runs.draw_attention(model.attention(inputs)[0].cpu(), path)
+        plot_runs.draw_attention(model.attention(inputs)[0].cpu().numpy(), path)
     except UserError as error:
         say(f"no picture of the attention: {error}")
     else:

@@ -1,0 +1,606 @@
+"""The task "Nth farthest", its models and its training script."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cuda_graphs
+import runs
+import train_nth_farthest as script
+from cuda_graphs import CapturedStep
+from nth_farthest import (
+    NthFarthestModel,
+    accuracy_by_rank,
+    count_correct,
+    loss_and_correct,
+    make_batch,
+    question_of,
+)
+
+ROOT = Path(__file__).parent.parent
+
+# A run that takes a second: the sizes all differ.
+TINY = ["--num-vectors", "3", "--num-dims", "2", "--memslots", "4", "--numheads", "2", "--headsize", "5"]
+TINY += [
+    "--outputunits",
+    "7",
+    "--batch-size",
+    "11",
+    "--test-examples",
+    "50",
+    "--lr",
+    "0.01",
+    "--threads",
+    "1",
+]
+TINY += ["--log-interval", "5"]
+
+
+def batch(B, K, D, seed=3):
+    return make_batch(B, K, D, torch.Generator().manual_seed(seed))
+
+
+def tiny_model(**options):
+    torch.manual_seed(0)
+    sizes = {"mem_slots": 4, "num_heads": 2, "head_size": 5, "head_units": 7, "hidden_size": 6}
+    return NthFarthestModel(3, 2, **{**sizes, **options})
+
+
+def train(folder, *flags, name="run"):
+    """Runs the script in this process; returns its exit status and run folder."""
+    status = script.main([*TINY, "--runs-folder", str(folder), "--name", name, *map(str, flags)])
+    return status, Path(folder) / name
+
+
+def weights(folder, name="last.pt"):
+    return runs.load_checkpoint(folder / name)["model"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Pictures take a second each; only the tests about them draw them."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(script, "draw_attention", lambda *arguments: None)
+
+
+# ---- the generator
+
+
+@pytest.mark.parametrize(("K", "D"), [(8, 16), (3, 1), (5, 2), (2, 3)])
+def test_targets_equal_a_slow_obvious_loop(K, D):
+    inputs, targets = batch(300, K, D)
+    assert inputs.shape == (300, K, 3 * K + D) and inputs.dtype == torch.float32
+    assert targets.shape == (300,) and targets.dtype == torch.int64
+    for sequence, target in zip(inputs.double().numpy(), targets.tolist(), strict=True):
+        vector_of, n, m = {}, None, None
+        for step in sequence:  # (vector; label; n; m)
+            vector, label = step[:D], list(step[D : D + K])
+            n, m = list(step[D + K : D + 2 * K]), list(step[D + 2 * K :])
+            vector_of[label.index(1.0)] = vector
+        n, m = n.index(1.0), m.index(1.0)
+        distance_of = {
+            label: math.sqrt(sum((a - b) ** 2 for a, b in zip(vector, vector_of[m], strict=True)))
+            for label, vector in vector_of.items()
+        }
+        from_far_to_near = sorted(distance_of, key=lambda label: -distance_of[label])
+        assert from_far_to_near[n] == target
+
+
+def test_every_step_holds_one_label_and_the_same_question():
+    K, D = 5, 2
+    inputs, _ = batch(200, K, D)
+    vectors, labels, n, m = inputs.split([D, K, K, K], dim=2)
+    assert vectors.min() >= -1 and vectors.max() < 1 and vectors.min() < -0.98 and vectors.max() > 0.98
+    for one_hot in (labels, n, m):
+        assert set(one_hot.unique().tolist()) == {0.0, 1.0}
+        assert (one_hot.sum(dim=2) == 1).all()
+    assert (labels.sum(dim=1) == 1).all()  # without replacement: each label once per sequence
+    for question in (n, m):
+        assert (question == question[:, :1]).all()
+    assert torch.equal(question_of(inputs, K)[0], n[:, 0].argmax(1))
+    assert torch.equal(question_of(inputs, K)[1], m[:, 0].argmax(1))
+
+
+def test_labels_positions_and_question_are_independent_and_uniform():
+    B, K, D = 60_000, 4, 1
+    inputs, targets = batch(B, K, D)
+    labels = inputs[:, :, D : D + K]
+    n, m = question_of(inputs, K)
+    tables = {
+        "label at each position": labels.mean(0),  # position x label
+        "n and m": torch.bincount(n * K + m, minlength=K * K).view(K, K) / B * K,
+        "m and position": torch.stack([labels[m == k, :, k].mean(0) for k in range(K)]),
+        "answer": torch.bincount(targets, minlength=K) / B,
+        "first vector's place given its label": torch.stack(
+            [(inputs[:, 0, 0] * labels[:, 0, k]).sum() / labels[:, 0, k].sum() for k in range(K)]
+        )
+        + 1 / K,
+    }
+    for name, table in tables.items():
+        assert (table - 1 / K).abs().max() < 0.02, name  # 6 standard deviations and more
+
+
+def test_batches_depend_on_their_generator_alone():
+    generator = torch.Generator().manual_seed(3)
+    before = torch.get_rng_state()
+    first, second = make_batch(7, 3, 2, generator), make_batch(7, 3, 2, generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(first[0], second[0])
+    torch.manual_seed(12345)
+    again = torch.Generator().manual_seed(3)
+    for expected in (first, second):
+        for ours, theirs in zip(make_batch(7, 3, 2, again), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_nearest_is_the_reference_itself():
+    K = 5
+    inputs, targets = batch(400, K, 3)
+    n, m = question_of(inputs, K)
+    assert torch.equal(targets[n == K - 1], m[n == K - 1])
+    assert (targets[n < K - 1] != m[n < K - 1]).all()
+
+
+def test_knowing_only_that_scores_the_plateau():
+    K = 8
+    inputs, targets = batch(80_000, K, 2)
+    n, m = question_of(inputs, K)
+    other_than_m = (m + torch.randint(1, K, m.shape, generator=torch.Generator().manual_seed(0))) % K
+    score = (torch.where(n == K - 1, m, other_than_m) == targets).float().mean()
+    assert abs(score - 2 / K) < 0.01
+
+
+def test_generation_is_a_small_part_of_a_training_step():
+    """TARGETS fault 2: examples were generated one by one in NumPy."""
+    B, K, D = 100, 8, 16
+    model = NthFarthestModel(K, D)
+    generator = torch.Generator().manual_seed(1)
+
+    def best_of(repeats, work):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def step():
+        inputs, targets = batch(B, K, D)
+        loss_and_correct(model(inputs), targets)[0].backward()
+
+    assert best_of(5, lambda: make_batch(B, K, D, generator)) < 0.1 * best_of(1, step)
+
+
+# ---- the models
+
+
+def test_defaults_are_the_papers():
+    model = NthFarthestModel()
+    core = model.core
+    assert (core.mem_slots, core.num_heads, core.head_size, core.key_size) == (8, 8, 32, 32)
+    assert (core.num_blocks, core.attention_mlp_layers, core.input_size) == (1, 2, 40)
+    assert core.output_size == 2048
+    widths = [layer.in_features for layer in model.head if isinstance(layer, torch.nn.Linear)]
+    assert widths == [2048, 256, 256, 256, 256] and model.head[-1].out_features == 8
+    assert sum(isinstance(layer, torch.nn.ReLU) for layer in model.head) == 4
+    args = script.build_parser().parse_args([])
+    assert (args.lr, args.batch_size, args.num_vectors, args.num_dims, args.clip) == (1e-4, 1600, 8, 16, 0.1)
+    assert script.build_model(args).config == {**model.config, "key_size": None}
+
+
+def test_loss_takes_logits_not_probabilities():
+    """TARGETS fault 2: softmax was applied before cross-entropy, which bounds the loss away from 0."""
+    inputs, targets = batch(13, 3, 2)
+    model = tiny_model()
+    logits = model(inputs).detach() * 50  # far from uniform, where one softmax more shows
+    exponentials = np.exp(logits.double().numpy())
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    expected = -np.log(probabilities[np.arange(13), targets.numpy()]).mean()
+    loss, correct = loss_and_correct(logits, targets)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert correct.item() == (probabilities.argmax(axis=1) == targets.numpy()).sum()
+    assert not torch.allclose(model(inputs).exp().sum(1), torch.ones(13))
+    assert not torch.allclose(model(inputs).sum(1), torch.ones(13))
+
+
+@pytest.mark.parametrize("kind", ["rmc", "lstm"])
+def test_a_few_examples_are_learned_to_zero_loss(kind):
+    """TARGETS fault 2 again: with a second softmax the loss of 3 classes cannot fall below 0.55."""
+    inputs, targets = batch(8, 3, 2)
+    model = tiny_model(model=kind, head_layers=2, head_units=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        loss, _ = loss_and_correct(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["rmc", "lstm"])
+def test_the_answer_depends_on_every_step_and_on_its_own_sequence_only(kind):
+    inputs, _ = batch(4, 3, 2)
+    model = tiny_model(model=kind).double()
+    inputs = inputs.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(inputs)[1].square().sum(), inputs)
+    assert (gradient[1].abs().sum(dim=1) > 0).all()
+    assert (gradient[[0, 2, 3]] == 0).all()
+
+
+def test_the_lstm_has_the_same_head():
+    rmc, lstm = NthFarthestModel(8, 16), NthFarthestModel(8, 16, model="lstm", hidden_size=2048)
+    assert [p.shape for p in rmc.head.parameters()] == [p.shape for p in lstm.head.parameters()]
+    assert isinstance(lstm.core, torch.nn.LSTM) and lstm.core.hidden_size == 2048
+
+
+def test_scales_reach_coordinates_and_initial_memory_and_nothing_else():
+    inputs, _ = batch(4, 3, 2)
+    model = tiny_model(input_scale=3.0, memory_scale=8.0)
+    assert torch.equal(model.scaled(inputs)[..., :2], 3 * inputs[..., :2])
+    assert torch.equal(model.scaled(inputs)[..., 2:], inputs[..., 2:])
+    assert torch.equal(model.initial_memory(4), 8 * model.core.initial_state(4))
+    plain = tiny_model()
+    assert torch.equal(plain.scaled(inputs), inputs)
+    assert torch.equal(plain.initial_memory(4), plain.core.initial_state(4))
+    output, _ = model.core(model.scaled(inputs), model.initial_memory(4))
+    assert torch.equal(model(inputs), model.head(output))
+
+
+def test_attention_is_that_of_the_forward_pass():
+    inputs, _ = batch(4, 3, 2)
+    model = tiny_model(memory_scale=2.0)
+    attention = model.attention(inputs)
+    assert attention.shape == (4, 3, 2, 5, 5)  # steps, heads, 4 slots and the input row
+    torch.testing.assert_close(attention.sum(-1), torch.ones(4, 3, 2, 5))
+    memory = model.initial_memory(4)
+    for step in range(3):
+        memory, details = model.core.step(inputs[:, step], memory, return_details=True)
+        assert torch.equal(attention[:, step], details.attention[0])
+
+
+def test_accuracy_by_rank():
+    n = torch.tensor([0, 0, 1, 2, 2, 2])
+    correct = torch.tensor([True, False, False, True, True, True])
+    by_rank = accuracy_by_rank(correct, n, 4)
+    assert by_rank[:3] == [0.5, 0.0, 1.0] and math.isnan(by_rank[3])
+
+
+def test_counting_in_pieces_changes_nothing():
+    inputs, targets = batch(50, 3, 2)
+    model = tiny_model()
+    whole = model(inputs).argmax(1) == targets
+    assert torch.equal(count_correct(model, inputs, targets, 7), whole)
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "setting", "value"),
+    [
+        ("--memslots 3", "mem_slots", 3),
+        ("--headsize 9", "head_size", 9),
+        ("--numheads 5", "num_heads", 5),
+        ("--numblocks 2", "num_blocks", 2),
+        ("--forgetbias 0.5", "forget_bias", 0.5),
+        ("--inputbias -0.5", "input_bias", -0.5),
+        ("--gatestyle memory", "gate_style", "memory"),
+        ("--gatestyle none", "gate_style", None),
+        ("--attmlplayers 3", "attention_mlp_layers", 3),
+        ("--keysize 6", "key_size", 6),
+        ("--total-units 1024", "head_size", 16),
+        ("--total-units 2048 --memslots 16 --numheads 1", "head_size", 128),
+        ("--nhid 77", "hidden_size", 77),
+        ("--outputlayers 2", "head_layers", 2),
+        ("--outputunits 33", "head_units", 33),
+        ("--input-scale 3", "input_scale", 3.0),
+        ("--memory-scale 8", "memory_scale", 8.0),
+        ("--model lstm", "model", "lstm"),
+        ("--num-vectors 5", "num_vectors", 5),
+        ("--num-dims 32", "num_dims", 32),
+    ],
+)
+def test_every_flag_reaches_the_model(flags, setting, value):
+    """TARGETS fault 3: flags that never reach the model."""
+    model = script.build_model(script.build_parser().parse_args(flags.split()))
+    assert model.config[setting] == value
+    core = "core" if hasattr(model.core, setting) else None
+    if core:
+        assert getattr(model.core, setting) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--total-units 1000", "multiple of --memslots x --numheads = 64, got 1000. Try 1024"),
+        ("--total-units 2048 --headsize 32", "exclude each other"),
+        ("--resume no-such-folder", "not there"),
+        ("--evaluate no-such-folder", "not there"),
+        ("--evaluate a --resume b", "exclude each other|not there"),
+    ],
+)
+def test_mistakes_are_told(flags, message, tmp_path):
+    with pytest.raises(runs.UserError, match=message):
+        script.main([*flags.split(), "--runs-folder", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags", ["--num-vectors 1", "--steps 0", "--lr nan", "--target-accuracy 2", "--model gru"]
+)
+def test_senseless_values_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        script.main(flags.split())
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+# ---- the schedule
+
+
+def options(**changed):
+    return argparse.Namespace(**{"lr": 0.5, "warmup": 0, "schedule": "constant", "steps": 100, **changed})
+
+
+def test_learning_rate_schedules():
+    assert [script.learning_rate(step, options()) for step in (1, 50, 100)] == [0.5] * 3
+    warm = options(warmup=4)
+    rates = [script.learning_rate(step, warm) for step in range(1, 7)]
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+    cosine = options(warmup=20, schedule="cosine")
+    assert script.learning_rate(20, cosine) == pytest.approx(0.5)
+    assert script.learning_rate(60, cosine) == pytest.approx(0.25)  # half way from 20 to 100
+    assert script.learning_rate(100, cosine) == pytest.approx(0.0)
+
+
+def test_the_schedule_reaches_the_optimiser():
+    """The learning rate is a tensor that a captured step reads; the weights must move by what is written."""
+    args = script.build_parser().parse_args([*TINY, "--steps", "2"])
+    moved = {}
+    for rate in (0.0, 0.001, 0.002):
+        trainer = script.Trainer(tiny_model(), args, torch.device("cpu"))
+        before = trainer.model.head[-1].bias.detach().clone()
+        trainer.lr.fill_(rate)
+        trainer.step()
+        moved[rate] = (trainer.model.head[-1].bias.detach() - before).abs().max().item()
+    assert moved[0.0] == 0
+    assert moved[0.001] == pytest.approx(0.001, rel=1e-3)  # Adam's first step is as long as the learning rate
+    assert moved[0.002] == pytest.approx(0.002, rel=1e-3)
+
+
+def test_the_logged_rates_are_the_schedules(tmp_path):
+    _, folder = train(tmp_path, "--steps", 20, "--warmup", 10, "--schedule", "cosine")
+    rates = {e["step"]: e["lr"] for e in runs.read_log(folder / "log.jsonl") if e["event"] == "train"}
+    expected = {5: 0.005, 10: 0.01, 15: 0.005, 20: 0.0}
+    assert rates == {step: pytest.approx(rate) for step, rate in expected.items()}
+
+
+# ---- the loop
+
+
+def test_training_is_adam_on_fresh_batches(tmp_path):
+    """The script's weights after 7 steps equal a plain loop's, written out here."""
+    _, folder = train(tmp_path, "--steps", 7, "--seed", 5)
+    torch.manual_seed(5)
+    model = NthFarthestModel(3, 2, mem_slots=4, num_heads=2, head_size=5, head_units=7)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(5)
+    losses = []
+    for _ in range(7):
+        inputs, targets = make_batch(11, 3, 2, generator)
+        loss = F.cross_entropy(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        losses.append(loss.item())
+    for name, value in weights(folder).items():
+        # Adam turns rounding errors of gradients near 0 into steps of up to the learning rate, 0.01.
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=2e-4)
+    logged = [e["loss"] for e in runs.read_log(folder / "log.jsonl") if e["event"] == "train"]
+    assert logged == pytest.approx([sum(losses[:5]) / 5, sum(losses[5:]) / 2], rel=1e-5)
+
+
+def test_a_run_folder_holds_what_the_run_was(tmp_path, capsys):
+    status, folder = train(tmp_path, "--steps", 12)
+    assert status == 0
+    assert {"args.json", "log.jsonl", "best.pt", "last.pt"} <= {path.name for path in folder.iterdir()}
+    record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    assert record["script"] == "train_nth_farthest" and record["arguments"]["memslots"] == 4
+    events = runs.read_log(folder / "log.jsonl")
+    assert [(e["event"], e["step"]) for e in events[:3]] == [("train", 5), ("train", 10), ("train", 12)]
+    assert events[0]["examples_per_second"] > 0 and 0 <= events[0]["accuracy"] <= 1
+    final = events[-1]
+    assert final["event"] == "final" and len(final["accuracy_by_n"]) == 3 and final["examples"] == 200
+    text = capsys.readouterr().out
+    assert "chance 33.3%, plateau 66.7%" in text and "n = 2" in text and "m itself" in text
+
+    model = script.load_model(runs.load_checkpoint(folder / "best.pt"))
+    args = script.build_parser().parse_args(TINY)
+    inputs, targets = script.fixed_test_set(args, script.FINAL_TEST_SEED, 200, torch.device("cpu"))
+    assert final["accuracy"] == pytest.approx((model(inputs).argmax(1) == targets).float().mean().item())
+    scores = runs.load_checkpoint(folder / "best.pt")["scores"]
+    trained = {e["step"]: e["test_accuracy"] for e in events if e["event"] == "train"}
+    assert scores["test_accuracy"] == max(trained.values()) == trained[scores["step"]]
+
+
+def test_the_test_set_is_the_same_for_every_seed_and_not_trained_on():
+    args = script.build_parser().parse_args([*TINY, "--seed", "8"])
+    other = script.build_parser().parse_args([*TINY, "--seed", "9"])
+    cpu = torch.device("cpu")
+    assert torch.equal(
+        script.Trainer(tiny_model(), args, cpu).test_set[0],
+        script.Trainer(tiny_model(), other, cpu).test_set[0],
+    )
+
+
+@pytest.mark.parametrize("stopped_at", [5, 8])
+def test_resuming_equals_never_stopping(tmp_path, monkeypatch, stopped_at):
+    """At the end of a log interval and within one."""
+    _, whole = train(tmp_path, "--steps", 15, "--warmup", 12, name="whole")
+    monkeypatch.setattr(script.Trainer, "train_step", stop_after(stopped_at, script.Trainer.train_step))
+    status, pieces = train(tmp_path, "--steps", 15, "--warmup", 12, name="pieces")
+    monkeypatch.undo()
+    assert status == 130
+    assert runs.load_checkpoint(pieces / "last.pt")["position"]["step"] == stopped_at
+    torch.manual_seed(999)
+    assert script.main(["--resume", str(pieces)]) == 0
+
+    expected, found = weights(whole), weights(pieces)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    keys = ("event", "step", "loss", "accuracy", "test_accuracy", "grad_norm", "lr", "accuracy_by_n")
+
+    def facts(folder):
+        events = [e for e in runs.read_log(folder / "log.jsonl") if e["event"] != "resume"]
+        return [{key: event.get(key) for key in keys} for event in events]
+
+    assert facts(pieces) == facts(whole)
+
+
+def stop_after(steps, train_step):
+    """A train_step that asks for an interrupt in the given step, as Ctrl-C would."""
+    count = 0
+
+    def stopping(self):
+        nonlocal count
+        train_step(self)
+        count += 1
+        if count == steps:
+            self.interrupts.requested = "SIGINT"
+
+    return stopping
+
+
+def test_a_finished_run_can_be_lengthened(tmp_path):
+    _, whole = train(tmp_path, "--steps", 10, name="whole")
+    _, pieces = train(tmp_path, "--steps", 5, name="pieces")
+    script.main(["--resume", str(pieces), "--steps", "10"])
+    expected, found = weights(whole), weights(pieces)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path):
+    command = [sys.executable, str(ROOT / "train_nth_farthest.py"), *TINY, "--steps", "1000000"]
+    command += ["--runs-folder", str(tmp_path), "--name", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("rmc") and " 10/" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped by SIGINT at step" in output and f"--resume {tmp_path / 'run'}" in output
+    assert "Traceback" not in errors
+    assert runs.load_checkpoint(tmp_path / "run" / "last.pt")["position"]["step"] >= 10
+
+
+def test_target_accuracy_must_be_held(tmp_path, monkeypatch):
+    scores = iter([0.9, 0.1, 0.9, 0.9, 0.9, 0.9])
+    monkeypatch.setattr(script.Trainer, "test", lambda self: next(scores))
+    _, folder = train(tmp_path, "--steps", 1000, "--target-accuracy", 0.9)
+    steps = [e["step"] for e in runs.read_log(folder / "log.jsonl") if e["event"] == "train"]
+    assert steps == [5, 10, 15, 20, 25]
+
+
+def test_a_session_can_be_short(tmp_path, capsys):
+    status, folder = train(tmp_path, "--steps", 1_000_000, "--stop-after", 0.01)
+    assert status == 0
+    assert "to go on: python train_nth_farthest.py --resume" in capsys.readouterr().out
+    events = runs.read_log(folder / "log.jsonl")
+    assert all(event["event"] == "train" for event in events)
+    assert runs.load_checkpoint(folder / "last.pt")["position"]["step"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_path, monkeypatch):
+    train(tmp_path, "--steps", 5)
+    good = weights(tmp_path / "run")
+    real = script.loss_and_correct
+    monkeypatch.setattr(script, "loss_and_correct", lambda *x: (real(*x)[0] * math.nan, real(*x)[1]))
+    with pytest.raises(runs.UserError, match="no longer finite.*lower --lr"):
+        script.main(["--resume", str(tmp_path / "run"), "--steps", "10"])
+    assert all(torch.equal(value, good[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_a_picture_of_the_attention_is_drawn_or_missed_politely(tmp_path, monkeypatch, capsys):
+    _, folder = train(tmp_path, "--steps", 1)
+    assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # as if it were not installed
+    assert script.main(["--evaluate", str(folder)]) == 0
+    assert "no picture of the attention: plots need matplotlib" in capsys.readouterr().out
+
+
+def test_evaluate_measures_a_finished_run(tmp_path, capsys):
+    _, folder = train(tmp_path, "--steps", 5)
+    first = [line for line in capsys.readouterr().out.splitlines() if "n = " in line or "best model" in line]
+    log = (folder / "log.jsonl").read_bytes()
+    assert script.main(["--evaluate", str(folder)]) == 0
+    again = [line for line in capsys.readouterr().out.splitlines() if "n = " in line or "best model" in line]
+    assert again == first and len(first) == 4
+    assert (folder / "log.jsonl").read_bytes() == log
+
+
+def test_bf16_and_lstm_train(tmp_path):
+    for name, flags in {"bf16": ["--bf16"], "lstm": ["--model", "lstm", "--nhid", 6]}.items():
+        status, folder = train(tmp_path, "--steps", 5, *flags, name=name)
+        assert status == 0 and all(value.isfinite().all() for value in weights(folder).values())
+        assert all(value.dtype == torch.float32 for value in weights(folder).values())
+
+
+def test_a_foreign_checkpoint_is_refused():
+    with pytest.raises(runs.UserError, match="kind 'rmc'"):
+        script.load_model({"kind": "rmc", "format": 1})
+    model = tiny_model()
+    with pytest.raises(runs.UserError, match="does not fit together"):
+        script.load_model(
+            {"kind": "nth_farthest", "config": {**model.config, "mem_slots": 9}, "model": model.state_dict()}
+        )
+
+
+# ---- the captured step
+
+
+def test_a_captured_step_is_a_plain_call_on_a_cpu():
+    step = CapturedStep(lambda x: (x + 1, x * 2), torch.device("cpu"))
+    assert [value.item() for value in step(torch.tensor(3))] == [4, 6]
+
+
+def test_a_step_that_cannot_be_captured_goes_on_without(monkeypatch):
+    """Each call still does its work exactly once, and the reason is told once."""
+
+    class Refusing:
+        def __init__(self):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    calls, told = [], []
+    step = CapturedStep(calls.append, torch.device("cpu"), on_failure=told.append)
+    step.enabled = True
+    monkeypatch.setattr(step, "_on_side_stream", lambda inputs: step.function(*inputs))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Refusing)
+    for number in range(cuda_graphs.WARMUP_CALLS + 3):
+        step(torch.tensor(number))
+    assert [call.item() for call in calls] == list(range(cuda_graphs.WARMUP_CALLS + 3))
+    assert len(told) == 1 and "not permitted" in told[0] and "\n" not in told[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_captured_run_equals_an_eager_one(tmp_path):
+    _, eager = train(tmp_path, "--steps", 30, "--cuda", "--warmup", 20, "--no-cuda-graph", name="eager")
+    _, captured = train(tmp_path, "--steps", 30, "--cuda", "--warmup", 20, name="captured")
+    for name, value in weights(eager).items():
+        torch.testing.assert_close(weights(captured)[name], value, rtol=1e-3, atol=1e-4)
