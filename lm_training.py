@@ -239,7 +239,7 @@ def evaluate(
 
 
 def perplexity(loss: float) -> float:
-    """e^loss, infinite where that overflows."""
+    """e^loss; infinite where that overflows, and for a loss that is no number."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -463,8 +463,7 @@ class Trainer:
 
     def report(self, progress: runs.Progress) -> None:
         """Reads the sums and the clock; a "train" event and a line for the steps since the last reading."""
-        self.check_finite()
-        nats, norms = self.sums.tolist()
+        nats, norms = self.read_sums()
         self.update_clock()
         elapsed = max(self.clock - self.interval_clock, 1e-9)
         loss = nats / self.at.interval_tokens
@@ -490,8 +489,8 @@ class Trainer:
     def validate(self) -> None:
         """Ends an epoch: validation loss, learning rate, best.pt, last.pt."""
         loss = self.evaluate("valid", self.interrupts)
-        if not math.isfinite(loss):
-            raise UserError(self.diverged("the validation loss"))
+        if perplexity(loss) == math.inf:
+            raise UserError(self.diverged(f"validation loss is {loss:.4g} nats"))
         train_loss = self.at.epoch_nats / self.at.epoch_tokens
         better = loss < self.at.best_valid
         self.update_clock()
@@ -556,22 +555,29 @@ class Trainer:
             seconds=round(self.at.seconds, 3),
         )
 
-    def check_finite(self) -> None:
-        """Raises UserError if since the last reading a loss or gradient was not finite."""
-        if not self.sums.isfinite().all():
-            raise UserError(self.diverged("the training loss or its gradient"))
+    def read_sums(self) -> tuple[float, float]:
+        """Sums of losses and gradient norms since the last reading; UserError if training has diverged."""
+        nats, norms = self.sums.tolist()
+        if self.at.interval_tokens and perplexity(nats / self.at.interval_tokens) == math.inf:
+            raise UserError(
+                self.diverged(f"training loss is {nats / self.at.interval_tokens:.4g} nats per token")
+            )
+        if not math.isfinite(norms):  # the loss was still finite, but the weights no longer are
+            raise UserError(self.diverged(f"norm of the gradient is {norms:.4g}"))
+        return nats, norms
 
     def diverged(self, what: str) -> str:
+        """The message of a run that has come to nothing."""
         last = self.folder / "last.pt"
         kept = f"{last} is from before" if last.exists() else "no checkpoint had been written yet"
         return (
-            f"{what} is not a finite number in epoch {self.at.epoch}, step {self.at.step}: it diverged. "
-            f"{kept}. Start again with a lower --lr (it was {self.args.lr:g}) or a lower --clip."
+            f"the {what} in epoch {self.at.epoch}, step {self.at.step}: training has diverged. {kept}. "
+            f"Start again with a lower --lr (it was {self.args.lr:g}) or a lower --clip."
         )
 
     def save_last(self) -> bool:
         """Writes last.pt; when the numbers have gone bad, raises UserError and leaves the earlier file."""
-        self.check_finite()
+        self.read_sums()
         self.update_clock()
         return runs.try_save_checkpoint(
             self.folder / "last.pt",
