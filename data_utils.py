@@ -266,6 +266,7 @@ def number_words(words: list) -> tuple[list, np.ndarray]:
     index = defaultdict()
     index.default_factory = index.__len__  # an unseen word gets the next number
     places = np.fromiter(map(index.__getitem__, words), np.int32, len(words))
+    index.default_factory = None  # it refers back to the dictionary: a cycle, kept until garbage is collected
     return list(index), places
 
 

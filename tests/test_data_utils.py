@@ -1,5 +1,6 @@
 """Corpora: splitting, vocabulary, cache and columns, against slow and obvious code."""
 
+import gc
 import hashlib
 import os
 import pickle
@@ -158,6 +159,17 @@ def test_small_blocks_and_worker_processes_give_the_same(tmp_path, monkeypatch):
     check_against_obvious_loop(tmp_path)
     parallel, digests_again = data_utils.tokenise(tmp_path, "train")
     assert equal(serial, parallel) and digests == digests_again
+
+
+def test_a_block_leaves_no_garbage():
+    """Memory grew with the text when each block's dictionary was part of a reference cycle."""
+    gc.collect()
+    gc.disable()
+    try:
+        data_utils.index_block(b"a b\nc\xc2\xa0d\n")
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
