@@ -901,7 +901,7 @@ def memory_table(report: Report, plan: Plan) -> None:
 def peak_memory(task: Task, variant: Variant, device: torch.device) -> tuple[float | None, float | None, str]:
     """Peak of two training steps in a process of its own: MB in all, MB above its start, and a note.
 
-        # Not getrusage where this is to be had: on Linux its figure is inherited from the process before.
+    On a CPU it is resident memory, and the start is what a step of a minuscule model takes. On a GPU it is what
     torch has allocated there, and the start is 0.
     """
     request = json.dumps(
