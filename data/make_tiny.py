@@ -3,14 +3,15 @@
     python data/make_tiny.py            rewrite train.txt, valid.txt, test.txt and entropy.json
     python data/make_tiny.py --check    verify that the files are byte for byte what this script makes
 
-Each story has three children, three things and an order among the children (older, taller ...). Once these are named,
-many words are forced by RELATIONS: who holds the thing just mentioned (also after swaps), who is the youngest, who ran to
-the place just mentioned. Everything else is a free choice with known weights.
+Each story has two children with a thing each, one child older (taller ...) than the other. Once this is
+told, many words are forced by RELATIONS: who has the thing just named (also after a swap), who the younger
+child is, whose name comes back. Everything else is a free choice with known weights.
 
-Why the entropy is exact. A story is told from left to right, and every choice is the choice of the next words, so the text
-shows each choice as it is made and nothing stays hidden. The probability of a word given all words before it is then the
-share of the weight of the options that fit the words told so far (`Teller.pick`), and -log of it, averaged over a file, is
-the loss of a reader who knows this script by heart. No model can expect to do better.
+Why the entropy is exact. A story is told from left to right, and every choice is the choice of the next
+words: the text shows each choice as it is made and nothing stays hidden. The probability of a word given
+all words before it is then the share of the weight of the options that fit the words told so far
+(`Teller.pick`); -log of it, averaged over a file, is the loss of a reader who knows this script by heart.
+No model can expect to do better.
 """
 
 from __future__ import annotations
@@ -23,29 +24,32 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "tiny"
 EOS = "<eos>"  # stands for the end of a line; never written to the files
-SPLITS = {"train": (1, 150_000), "valid": (2, 15_000), "test": (3, 15_000)}  # seed, tokens at least (EOS included)
+END = f". {EOS}"
+SPLITS = {"train": (1, 150_000), "valid": (2, 15_000), "test": (3, 15_000)}  # seed, least number of tokens
 
-GIRLS = "anna clara emma ida lucy mary nora rosa".split()
-BOYS = "ben david finn hugo jack leo oscar tom".split()
-THINGS = "ball bell boat book drum flute hat kite lamp ring shell whistle".split()
-COLOURS = "black blue brown green red white yellow golden".split()
-PLACES = "barn bridge castle church forest garden harbour lake market meadow mill river school tower".split()
-WEATHER = "bright cloudy cold foggy rainy snowy sunny windy".split()
-TIMES = "morning noon afternoon evening".split()
-ANIMALS = "bear cat cow crow deer dog duck fox frog goat goose hare horse mouse owl sheep".split()
-SIZES = "big fat hungry lazy little quick shy small tired young".split()
-FEELINGS = "cheerful clever happy hungry lucky proud sleepy strong warm".split()
-FOODS = "apples berries bread cake cheese honey nuts pears plums soup".split()
-ORDERS = {  # comparative: (superlative of the first child, superlative of the last)
-    "older": ("oldest", "youngest"),
-    "taller": ("tallest", "shortest"),
-    "faster": ("fastest", "slowest"),
-    "stronger": ("strongest", "weakest"),
-}
+
+def words(listed: str) -> list[str]:
+    return listed.split()
+
+
+GIRLS = words("anna emma lucy")
+BOYS = words("ben jack tom")
+TOYS = words("ball drum kite")
+PETS = words("cat dog goat")
+COLOURS = words("blue golden green red white yellow")
+PLACES = words("bridge castle forest garden lake market mill river tower well")
+WEATHER = words("bright cloudy cold foggy rainy snowy sunny windy")
+TIMES = words("morning noon afternoon evening")
+ANIMALS = words("bear cow crow deer duck fox frog hare horse mouse owl sheep")
+SIZES = words("big fat hungry lazy little quick shy small tired young")
+FEELINGS = words("cheerful clever happy lucky proud sleepy strong warm")
+FOODS = words("apples berries bread cake cheese honey nuts pears plums soup")
+ORDERS = {"older": "younger", "taller": "shorter", "stronger": "weaker", "faster": "slower"}
 
 Options = Mapping[str, int] | Sequence[str]  # phrase -> weight, or phrases of equal weight
 Choose = Callable[[list[int]], int]  # weights -> the index of the chosen option
@@ -69,15 +73,18 @@ class Teller:
     def pick(self, options: Options) -> str:
         """Choose a phrase, tell it and return it.
 
-        Phrases may begin alike ("ran to", "ran away"): a word's probability is the weight of all options that agree with
-        the phrase up to and including this word, divided by the weight of those that agree up to the word before.
-        No phrase may begin with another whole phrase; the reader could not tell that the shorter one had ended.
+        Phrases may begin alike ("ran to", "ran away"): a word's probability is the weight of all options
+        that agree with the phrase up to and including this word, divided by the weight of those that agree
+        up to the word before. No phrase may be the beginning of another: a reader could not tell that the
+        shorter one had ended.
         """
-        weights = dict(options) if isinstance(options, Mapping) else dict.fromkeys(options, 1)
+        weights = weighted(options)
         phrases = [tuple(phrase.split()) for phrase in weights]
         for one in phrases:
             if any(one is not other and other[: len(one)] == one for other in phrases):
-                raise ValueError(f"the option '{' '.join(one)}' must not be the beginning of another one: {list(weights)}")
+                raise ValueError(
+                    f"option '{' '.join(one)}' must not be the beginning of another: {list(weights)}"
+                )
         chosen = phrases[self.choose(list(weights.values()))]
         fitting = dict(zip(phrases, weights.values(), strict=True))
         for position, word in enumerate(chosen):
@@ -86,143 +93,119 @@ class Teller:
             self.words.append((word, sum(fitting.values()) / before))
         return " ".join(chosen)
 
-    def end_line(self) -> None:
-        self.say(f". {EOS}")
 
-
-def without(items: Sequence[str], *used: str) -> list[str]:
-    return [item for item in items if item not in used]
+def weighted(options: Options) -> dict[str, int]:
+    return dict(options) if isinstance(options, Mapping) else dict.fromkeys(options, 1)
 
 
 class Story:
-    """The state of one story: who is there, who holds what, who comes before whom."""
+    """One story and its state: who is there, who has what, who is older.
+
+    Between two episodes the state has the same shape (two children, each with one thing, and an order): any
+    episode may follow any other, and offers the same number of choices wherever it comes.
+    """
 
     def __init__(self, teller: Teller):
         self.tell = teller
         self.children: list[str] = []
-        self.holds: dict[str, str] = {}  # child -> thing
-        self.colour: dict[str, str] = {}  # thing -> colour
-        self.order: list[str] = []  # the oldest (tallest ...) child first
+        self.owner: dict[str, str] = {}  # thing -> child; two things
         self.comparative = ""
+        self.first = ""  # the child who is older (taller ...) than the other
 
-    # -- beginning: names the children, their things and their order ---------------------------------------------------
+    def other(self, child: str) -> str:
+        return self.children[1 - self.children.index(child)]
+
+    def thing_of(self, child: str) -> str:
+        return next(thing for thing, owner in self.owner.items() if owner == child)
+
     def begin(self) -> None:
+        """Name the children, their things and their order."""
         tell = self.tell
         tell.say("one")
         tell.pick(WEATHER)
         tell.pick(TIMES)
-        for joint in (",", "and", ""):
-            self.children.append(tell.pick(without(GIRLS + BOYS, *self.children)))
-            tell.say(joint)
-        tell.pick({"met": 3, "played": 2, "sat": 1})
         tell.pick({"at the": 3, "near the": 2, "behind the": 1})
         tell.pick(PLACES)
-        tell.end_line()
-        for child, joint in zip(self.children, (",", "and", ""), strict=True):
-            tell.say(child)
-            tell.pick({"had a": 3, "brought a": 1})
-            colour = tell.pick(without(COLOURS, *self.colour.values()))
-            thing = tell.pick(without(THINGS, *self.colour))
-            self.holds[child], self.colour[thing] = thing, colour
-            tell.say(joint)
-        tell.end_line()
-        first = tell.pick(self.children)
+        child = tell.pick(GIRLS + BOYS)
+        tell.pick({"met": 3, "called": 1})
+        self.children = [child, tell.pick(BOYS if child in GIRLS else GIRLS)]
+        tell.say(END)
+        child = tell.pick(self.children)
+        tell.say("had a")
+        tell.pick(COLOURS)
+        self.owner[tell.pick(TOYS)] = child
+        tell.say(f"and {self.other(child)} had a")
+        tell.pick(SIZES)
+        self.owner[tell.pick(PETS)] = self.other(child)
+        tell.say(END)
+        self.first = tell.pick(self.children)
         tell.say("was")
         self.comparative = tell.pick(list(ORDERS))
-        tell.say("than")
-        second = tell.pick(without(self.children, first))
-        (third,) = without(self.children, first, second)
-        tell.say(f"and {second} was {self.comparative} than {third}")
-        tell.end_line()
-        self.order = [first, second, third]
+        tell.say(f"than {self.other(self.first)} {END}")
 
-    # -- episodes: each leaves a story of the same shape, so that any may follow any other --------------------------------
-    def ask(self) -> None:
-        """Who holds it? The thing tells the child."""
+    def episode(self) -> bool:
+        """One sentence; returns whether the story goes on."""
         tell = self.tell
-        tell.say("the")
-        thing = tell.pick(list(self.colour))
-        (holder,) = (child for child, held in self.holds.items() if held == thing)
-        tell.say(f"? {holder} had the {self.colour[thing]} {thing}")
+        opening = tell.pick(
+            dict.fromkeys(self.children, 6)
+            | {"who had the": 3, "the": 3, "then they swapped and": 2, "at last": 4}
+        )
+        if opening in self.children:
+            self.act(opening)
+        elif opening == "who had the":
+            thing = tell.pick(list(self.owner))
+            tell.say(f"? it was {self.owner[thing]}")
+        elif opening == "the":
+            word = tell.pick([self.comparative, ORDERS[self.comparative]])
+            tell.say(f"child was {self.first if word == self.comparative else self.other(self.first)}")
+        elif opening == "then they swapped and":
+            self.owner = {thing: self.other(child) for thing, child in self.owner.items()}
+            child = tell.pick(self.children)
+            tell.say(f"had the {self.thing_of(child)}")
+        else:
+            child = tell.pick(self.children)
+            tell.say(f"took the {self.thing_of(child)}")
+            tell.pick({"home": 2, "to bed": 1})
+        tell.say(END)
+        return opening != "at last"
 
-    def rank(self) -> None:
-        """The superlative tells the child."""
+    def act(self, child: str) -> None:
+        """What a child does, told from the verb on."""
         tell = self.tell
-        first, last = ORDERS[self.comparative]
-        superlative = tell.pick([first, last])
-        tell.say(f"child , {self.order[0] if superlative == first else self.order[-1]} ,")
-        tell.pick({"ate all the": 2, "wanted more": 1, "shared the": 1})
-        tell.pick(FOODS)
-
-    def act(self, one: str) -> None:
-        tell = self.tell
-        others = without(self.children, one)
-        deed = tell.pick({"gave the": 4, "ran to the": 3, "waved to": 2, "sang because": 1, "smiled because": 1})
-        if deed == "gave the":
-            tell.say(f"{self.holds[one]} to")
-            other = tell.pick(others)
-            tell.say(f"and got the {self.holds[other]}")
-            self.holds[one], self.holds[other] = self.holds[other], self.holds[one]
-        elif deed == "ran to the":
-            where = {tell.pick(PLACES): one}
-            tell.say("but")
-            other = tell.pick(others)
-            tell.say("ran to the")
-            where[tell.pick(without(PLACES, *where))] = other
-            tell.end_line()
-            tell.say("at the")
-            tell.say(where[tell.pick(list(where))])
-            tell.pick({"saw a": 2, "met a": 1})
+        her = "her" if child in GIRLS else "his"
+        verb = tell.pick({"played with": 3, "saw a": 3, "waved to": 2, "felt": 2, "ran to the": 2, "ate": 2})
+        if verb == "played with":
+            tell.say(f"{her} {self.thing_of(child)}")
+            tell.pick({"near the": 3, "behind the": 2})
+            tell.pick(PLACES)
+        elif verb == "saw a":
             tell.pick(SIZES)
             tell.pick(ANIMALS)
-        elif deed == "waved to":
-            other = tell.pick(others)
-            tell.say(f"and {other} waved back to {one}")
-        else:
-            tell.say("she was" if one in GIRLS else "he was")
+        elif verb == "waved to":
+            tell.say(self.other(child))
+        elif verb == "felt":
             tell.pick(FEELINGS)
-
-    # -- end ---------------------------------------------------------------------------------------------------------
-    def end(self) -> None:
-        tell = self.tell
-        tell.pick({"home": 2, "to bed": 1})
-        tell.say(":")
-        for child, joint in zip(self.children, (",", "and", ""), strict=True):
-            tell.say(f"{child} with the {self.holds[child]} {joint}")
+        elif verb == "ran to the":
+            tell.pick(PLACES)
+            tell.say(f"with {her} {self.thing_of(child)}")
+        else:
+            tell.pick({"some": 2, "all the": 1})
+            tell.pick(FOODS)
 
     def run(self) -> None:
         self.begin()
-        while True:
-            opening = tell_opening(self)
-            if opening == "who had":
-                self.ask()
-            elif opening == "the":
-                self.rank()
-            elif opening == "at last they went":
-                self.end()
-            else:
-                self.act(opening)
-            self.tell.end_line()
-            if opening == "at last they went":
-                return
-
-
-def tell_opening(story: Story) -> str:
-    return story.tell.pick({**dict.fromkeys(story.children, 4), "who had": 5, "the": 4, "at last they went": 5})
+        while self.episode():
+            pass
 
 
 def tokens_with_probabilities(seed: int, at_least: int) -> Iterator[tuple[str, float]]:
-    """Whole stories, until at least `at_least` tokens are told: (token, its probability given all tokens before it)."""
+    """Tell whole stories until there are `at_least` tokens: (token, its probability given all before it)."""
     generator = random.Random(seed)
 
     def choose(weights: list[int]) -> int:
-        # Only random() is promised to stay the same from one Python version to the next; choices() and shuffle() are not.
+        # Only random() gives the same numbers in every version of Python; choices() and shuffle() need not.
         point = int(generator.random() * sum(weights))
-        index = 0
-        while point >= weights[index]:
-            point -= weights[index]
-            index += 1
-        return index
+        return next(index for index, end in enumerate(accumulate(weights)) if point < end)
 
     told = 0
     while told < at_least:
@@ -235,29 +218,88 @@ def tokens_with_probabilities(seed: int, at_least: int) -> Iterator[tuple[str, f
 def best_perplexity(split: str) -> dict[str, float]:
     """The loss of the generator itself on one of its files.
 
-    The first token of the stream is given, not predicted, as for every language model here: N tokens have N - 1 targets.
+    As for every language model here, the first token of the stream is given: N tokens have N - 1 targets.
     """
     told = list(tokens_with_probabilities(*SPLITS[split]))
     nats = math.fsum(-math.log(probability) for _, probability in told[1:]) / (len(told) - 1)
     return {"tokens": len(told), "nats_per_token": round(nats, 6), "perplexity": round(math.exp(nats), 4)}
 
 
+def entropy_rate() -> dict[str, float]:
+    """Expected nats per token of an endless text: expected nats of a story over its expected length in
+    tokens.
+
+    Stories are independent, and an episode's choices have the same numbers of options and weights wherever
+    it comes (see Story). So a story is its beginning and, as the episode that ends it comes with a fixed
+    probability, on average 1 / that probability episodes: it is enough to go through all beginnings and all
+    single episodes.
+    """
+    start_nats, start_tokens, _ = expectation(lambda story: story.begin())
+    both_nats, both_tokens, goes_on = expectation(lambda story: (story.begin(), story.episode())[1])
+    episodes = 1 / (1 - goes_on)
+    nats = start_nats + episodes * (both_nats - start_nats)
+    tokens = start_tokens + episodes * (both_tokens - start_tokens)
+    return {"nats_per_token": round(nats / tokens, 6), "perplexity": round(math.exp(nats / tokens), 4)}
+
+
+def expectation(tell: Callable[[Story], bool | None]) -> tuple[float, float, float]:
+    """Expected nats, expected tokens and probability of a true result of `tell`, over all it can tell."""
+    nats = tokens = true = 0.0
+    scripts: list[list[int]] = [[]]  # how tellings begin that are still to be gone through
+    while scripts:
+        teller = Enumerator(scripts.pop(), scripts)
+        result = tell(Story(teller))
+        nats += teller.probability * teller.nats
+        tokens += teller.probability * len(teller.words)
+        true += teller.probability * bool(result)
+    return nats, tokens, true
+
+
+class Enumerator(Teller):
+    """Follows a script of option indices, then takes first options and leaves scripts for the others.
+
+    Options of equal weight and length are alike in this grammar: what follows them differs in the names
+    only. One of them stands for all, or there would be millions of tellings.
+    """
+
+    def __init__(self, script: list[int], scripts: list[list[int]]):
+        super().__init__(lambda weights: self.path[-1])
+        self.script, self.scripts = script, scripts
+        self.path: list[int] = []
+        self.probability = 1.0
+        self.nats = 0.0  # sum of the entropies of the choices met
+
+    def pick(self, options: Options) -> str:
+        weights = weighted(options)
+        shares = [weight / sum(weights.values()) for weight in weights.values()]
+        self.nats -= sum(share * math.log(share) for share in shares)
+        alike = len({(weight, len(phrase.split())) for phrase, weight in weights.items()}) == 1
+        if len(self.path) < len(self.script):
+            index = self.script[len(self.path)]
+        else:
+            index = 0
+            self.scripts.extend(self.path + [other] for other in range(1, 1 if alike else len(shares)))
+        self.path.append(index)
+        self.probability *= 1.0 if alike else shares[index]
+        return super().pick(options)
+
+
 def text(split: str) -> str:
     """The text of a split's file: a sentence per line, words separated by spaces."""
-    words = " ".join(word for word, _ in tokens_with_probabilities(*SPLITS[split]))
-    return words.replace(f" {EOS} ", "\n").replace(f" {EOS}", "\n")
+    told = " ".join(word for word, _ in tokens_with_probabilities(*SPLITS[split]))
+    return told.replace(f" {EOS} ", "\n").replace(f" {EOS}", "\n")
 
 
 def files() -> dict[str, bytes]:
     """The name and content of every file that this script makes."""
     made = {f"{split}.txt": text(split).encode() for split in SPLITS}
-    entropies = {split: best_perplexity(split) for split in SPLITS}
+    entropies = {split: best_perplexity(split) for split in SPLITS} | {"rate": entropy_rate()}
     made["entropy.json"] = (json.dumps(entropies, indent=2) + "\n").encode()
     return made
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that an interrupted run leaves the old file or the new one, never half."""
+    """Write beside the target and rename: an interrupted run leaves the old file or the new, never half."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -270,24 +312,34 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file differs from what is made")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files are (default: data/tiny)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a file is not as made here"
+    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files go (default: data/tiny)")
     args = parser.parse_args(argv)
     made = files()
     if args.check:
-        wrong = [name for name, content in made.items()
-                 if not (args.folder / name).is_file() or (args.folder / name).read_bytes() != content]
+        paths = {name: args.folder / name for name in made}
+        wrong = [
+            name for name, path in paths.items() if not path.is_file() or path.read_bytes() != made[name]
+        ]
         if wrong:
-            print(f"error: {', '.join(wrong)} in {args.folder} missing or changed; run python data/make_tiny.py", file=sys.stderr)
+            print(f"error: missing or changed in {args.folder}: {', '.join(wrong)}.", file=sys.stderr)
+            print("Run python data/make_tiny.py to write the files anew.", file=sys.stderr)
             return 1
     else:
         args.folder.mkdir(parents=True, exist_ok=True)
         for name, content in made.items():
             write_atomically(args.folder / name, content)
-    for split, best in json.loads(made["entropy.json"]).items():
-        print(f"{split}: {best['tokens']:,} tokens, best possible perplexity {best['perplexity']:.4f} "
-              f"({best['nats_per_token']:.6f} nats per token)")
+    for name, best in json.loads(made["entropy.json"]).items():
+        size = f"{best['tokens']:,} tokens" if "tokens" in best else "of an endless text"
+        print(
+            f"{name}: {size}, best possible perplexity {best['perplexity']:.4f} "
+            f"({best['nats_per_token']:.6f} nats per token)"
+        )
     return 0
 
 
