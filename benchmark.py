@@ -813,7 +813,7 @@ class Plan:
 FULL = Plan()
 QUICK = Plan(
     lm=tuple(Task(batch=16, steps=20, vocab_size=10000, adaptive=adaptive) for adaptive in (False, True)),
-    nth=(replace(NTH, batch=160),),
+    nth=(replace(NTH, batch=100),),
     memory=(Task(batch=16, steps=20, vocab_size=10000),),
     swept=Task(batch=16, steps=10, vocab_size=10000, adaptive=True),
     sequence=(5, 20),
@@ -821,7 +821,7 @@ QUICK = Plan(
     slots=(1, 4),
     size=(64, 192),
     rounds=5,
-    seconds=3,
+    seconds=2,
 )
 
 
@@ -901,8 +901,8 @@ def memory_table(report: Report, plan: Plan) -> None:
 def peak_memory(task: Task, variant: Variant, device: torch.device) -> tuple[float | None, float | None, str]:
     """Peak of two training steps in a process of its own: MB in all, MB above its start, and a note.
 
-    On a CPU it is resident memory, and the start is what a step of a minuscule model takes. On a GPU it is what
-    torch has allocated there, and the start is 0.
+    On a CPU it is resident memory, and the start is what a step of a minuscule model takes. On a GPU it is
+    what torch has allocated there, and the start is 0.
     """
     request = json.dumps(
         {
