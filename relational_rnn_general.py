@@ -1,4 +1,5 @@
-"""Relational Memory Core (Santoro et al. 2018, arXiv:1806.01822, section 3), with the maths of DeepMind's original module.
+"""Relational Memory Core (Santoro et al. 2018, arXiv:1806.01822, section 3), with the maths of DeepMind's
+original module.
 
 This file needs torch alone and can be copied into another project as it is.
 
@@ -7,16 +8,20 @@ Shapes named in the comments of this file:
     H num_heads   K key_size   V head_size   D mem_size = H * V, the width of one memory row
 
 Where the original module departs from the paper, this file follows the module:
-    * The new memory is the next hidden state and the output at once: the output gate of eqs. 6 and 8 does not exist,
-      and eq. 7's update is applied to the memory itself.
-    * The candidate passes through tanh before the input gate; in eq. 7 it is psi(m), the attention MLP's output.
-    * Attention runs from all R rows, so that several blocks can refine the input rows too; eq. 2 has queries from the
-      memory rows alone. With one block the two are equal, as the input rows are dropped afterwards.
-    * Layer norm is applied to the projected queries, keys and values as well: one norm over all of a row's features.
-    * The gates read tanh(memory) where eqs. 4 and 5 read the hidden state, and their two biases (forget_bias, input_bias) are fixed numbers beside learned ones.
-    * Between blocks the attention MLP is shared; the query/key/value projections and all norms belong to one block.
-The input projection, the MLP (no ReLU after its last layer) and every norm work on single rows, so that no parameter
-depends on mem_slots, and permuting the slots of the memory permutes the slots of the result.
+    * The new memory is the next hidden state and the output at once: the output gate of eqs. 6 and 8 does not
+      exist, and eq. 7's update is applied to the memory itself.
+    * The candidate passes through tanh before the input gate; in eq. 7 it is psi(m), the attention MLP's
+      output.
+    * Attention runs from all R rows, so that several blocks can refine the input rows too; eq. 2 has queries
+      from the memory rows alone. With one block the two are equal, as the input rows are dropped afterwards.
+    * Layer norm is applied to the projected queries, keys and values as well: one norm over all of a row's
+      features.
+    * The gates read tanh(memory) where eqs. 4 and 5 read the hidden state, and their two biases (forget_bias,
+      input_bias) are fixed numbers beside learned ones.
+    * Between blocks the attention MLP is shared; the query/key/value projections and all norms belong to one
+      block.
+The input projection, the MLP (no ReLU after its last layer) and every norm work on single rows, so that no
+parameter depends on mem_slots, and permuting the slots of the memory permutes the slots of the result.
 """
 
 import math
@@ -30,15 +35,17 @@ from torch import Tensor, nn
 GATE_STYLES = ("unit", "memory", None)
 NORM_EPSILON = 1e-5
 
-# Rows per time step (B * R) up to which the gradients of the recurrent weights wait for one product over all steps.
+# Rows per time step (B * R) up to which the recurrent weights' gradients wait for one product over all steps.
 DEFERRED_ROWS = 512
 
 
 class StepDetails(NamedTuple):
     """What happened inside one step, for looking at.
 
-    input_gate, forget_gate: after the sigmoid, (B, N, D) for gate_style 'unit', (B, N, 1) for 'memory', None without gates.
-    attention: per block the attention weights from every row (memory rows first, then input rows), (B, H, R, R).
+    input_gate, forget_gate: after the sigmoid, (B, N, D) for gate_style 'unit', (B, N, 1) for 'memory', None
+        without gates.
+    attention: per block the attention weights from every row (memory rows first, then input rows), 
+        (B, H, R, R).
     """
 
     input_gate: Tensor | None
@@ -56,24 +63,30 @@ class AttentionBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(mem_size, eps=NORM_EPSILON)
         self.mlp_norm = nn.LayerNorm(mem_size, eps=NORM_EPSILON)
 
+    def norms(self) -> tuple[nn.LayerNorm, nn.LayerNorm, nn.LayerNorm]:
+        """The block's norms in the order of their use."""
+        return self.qkv_norm, self.attention_norm, self.mlp_norm
+
 
 class RelationalMemory(nn.Module):
-    """A recurrent core whose state is a matrix of memory rows that interact by multi-head dot product attention.
+    """A recurrent core whose state is a matrix of memory rows that interact by attention.
 
     Args:
         mem_slots: rows N of the memory matrix.
         head_size: size V of one head's values; a memory row has mem_size D = num_heads * head_size features.
-        input_size: features of the input at one time step, after flattening (of one row, when input_rows > 1).
+        input_size: features of the input at one time step, after flattening (of one row, when
+            input_rows > 1).
         num_heads: attention heads H.
         num_blocks: attention blocks applied one after the other within a time step.
         forget_bias: fixed number added to the forget gate before its sigmoid.
         input_bias: fixed number added to the input gate before its sigmoid.
-        gate_style: 'unit' (a gate per feature), 'memory' (a gate per memory row) or None (no gates, the candidate is the memory).
+        gate_style: 'unit' (a gate per feature), 'memory' (a gate per memory row) or None (no gates, the
+            candidate is the memory).
         attention_mlp_layers: layers of the row-wise MLP that follows the attention.
         key_size: size K of one head's queries and keys; None or 0 means head_size.
         return_all_outputs: whether forward returns the outputs of all time steps or of the last one only.
-        input_rows: rows M that the input of one time step brings; above 1 the input is (B, T, M, ...) and each row is
-            attended over by itself (the original's `treat_input_as_matrix`).
+        input_rows: rows M that the input of one time step brings; above 1 the input is (B, T, M, ...) and
+            each row is attended over by itself (the original's `treat_input_as_matrix`).
 
     Raises:
         ValueError: an argument outside its range; the message names it.
@@ -121,7 +134,7 @@ class RelationalMemory(nn.Module):
         self.return_all_outputs = return_all_outputs
         self.input_rows = input_rows
         self.mem_size = num_heads * head_size
-        # False runs the plain step at every time step: the same numbers, slower, with derivatives of any order.
+        # False runs the plain step over the sequence: the same numbers, slower, derivatives of any order.
         self.fast = True
 
         qkv_size = num_heads * (2 * self.key_size + head_size)
@@ -135,7 +148,7 @@ class RelationalMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the original: weights from a normal of deviation 1/sqrt(fan_in) cut at two deviations, biases 0."""
+        """Initialise as the original: weights normal of deviation 1/sqrt(fan_in), cut at two, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 deviation = module.in_features**-0.5
@@ -156,16 +169,16 @@ class RelationalMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"mem_slots={self.mem_slots}, head_size={self.head_size}, num_heads={self.num_heads}, key_size={self.key_size}, "
-            f"gate_style={self.gate_style!r}, forget_bias={self.forget_bias}, input_bias={self.input_bias}"
+            f"mem_slots={self.mem_slots}, head_size={self.head_size}, num_heads={self.num_heads}, "
+            f"key_size={self.key_size}, gate_style={self.gate_style!r}, forget_bias={self.forget_bias}, input_bias={self.input_bias}"
         )
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """The memory before the first step: the identity, cut or padded with zeros to D columns; the same for every sequence.
+        """The memory before the first step: the identity, cut or padded with zeros to D columns.
 
         Returns:
-            (batch_size, N, D), on the parameters' device and of their dtype. The rows differ from the start, so that
-            the slots can learn different roles.
+            (batch_size, N, D), on the parameters' device and of their dtype. The rows differ from the start,
+            so that the slots can learn different roles; all sequences start alike.
         """
         return self._initial_state(batch_size, self.input_projection.weight)
 
@@ -179,14 +192,17 @@ class RelationalMemory(nn.Module):
         """Run the core over a sequence.
 
         Args:
-            inputs: (B, T, ...), flattened after T to input_size; with input_rows > 1, (B, T, M, ...), flattened after M.
+            inputs: (B, T, ...), flattened after T to input_size; with input_rows > 1, (B, T, M, ...),
+                flattened after M.
             memory: the memory before the first step, (B, N, D); None for the initial state.
             return_gates: also return the last step's gates.
 
         Returns:
             outputs: (B, T, N * D) with return_all_outputs, else the last step's (B, N * D).
-            memory: the memory after the last step, (B, N, D). Nothing is detached: gradients reach the given memory.
-            (input_gate, forget_gate) of the last step after the sigmoid, if asked for: (B, N, D), or (B, N, 1) for 'memory'.
+            memory: the memory after the last step, (B, N, D). Nothing is detached: gradients reach the given
+                memory.
+            (input_gate, forget_gate) of the last step after the sigmoid, if asked for: (B, N, D), or
+            (B, N, 1) for gate_style 'memory'.
 
         Raises:
             ValueError: shapes that do not fit, or gates asked of a core without gates.
@@ -197,7 +213,10 @@ class RelationalMemory(nn.Module):
         batch_size, steps = inputs.shape[:2]
         if steps == 0:
             raise ValueError("inputs must hold at least one time step, got T = 0")
-        memory = self._initial_state(batch_size, inputs) if memory is None else self._checked_memory(memory, batch_size)
+        if memory is None:
+            memory = self._initial_state(batch_size, inputs)
+        else:
+            memory = self._checked_memory(memory, batch_size)
         if self.fast and not _functorch_is_active():
             outputs, memory, before = self._run_fast(inputs, memory)
         else:
@@ -208,7 +227,7 @@ class RelationalMemory(nn.Module):
         return output, memory
 
     def _run_plain(self, inputs: Tensor, memory: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The sequence as a loop of steps: outputs (B, T, N * D) if wanted, the last memory and the one before it."""
+        """A loop of steps: outputs (B, T, N * D) if wanted, the last memory and the one before it."""
         outputs = []
         for input_t in inputs.unbind(1):
             before = memory
@@ -228,7 +247,7 @@ class RelationalMemory(nn.Module):
         qkv_in, gate_in, rows = self._hoist(inputs.transpose(0, 1))
         weights = self._scan_weights(autocast)
         with torch.autocast(device, enabled=False):
-            if autocast is not None:                    # the memory, norms, softmax and gates stay in full precision
+            if autocast is not None:             # the memory, norms, softmax and gates stay in full precision
                 memory = memory.float()
                 qkv_in, gate_in, rows = (x if x is None else x.float() for x in (qkv_in, gate_in, rows))
             flat = weights.flatten()
@@ -253,8 +272,9 @@ class RelationalMemory(nn.Module):
         block, rows = self.blocks[0], None
         weight_in, bias_in = self.input_projection.weight, self.input_projection.bias
         qkv = block.qkv_projection
-        # With one block the projected rows go nowhere but into two linear layers, so that the two layers in a row can be
-        # multiplied into one beforehand. That pays when the inputs are smaller than the rows and many.
+        # With one block the projected rows go nowhere but into two linear layers, so that the two layers in a
+        # row can be multiplied into one beforehand. That pays when the inputs are smaller than the rows and
+        # many.
         after = qkv.out_features + (0 if self.gate_style is None else self.input_gate_projection.out_features)
         count = inputs.shape[:3].numel()
         folded = count * self.input_size * after + self.mem_size * self.input_size * after
@@ -288,8 +308,9 @@ class RelationalMemory(nn.Module):
 
         blocks = [
             _BlockWeights(
-                matrix(block.qkv_projection), block.qkv_projection.bias, block.qkv_norm.weight, block.qkv_norm.bias,
-                block.attention_norm.weight, block.attention_norm.bias, block.mlp_norm.weight, block.mlp_norm.bias,
+                matrix(block.qkv_projection),
+                block.qkv_projection.bias,
+                *(p for norm in block.norms() for p in (norm.weight, norm.bias)),
             )
             for block in self.blocks
         ]
@@ -299,7 +320,7 @@ class RelationalMemory(nn.Module):
     def step(
         self, input_t: Tensor, memory: Tensor, return_details: bool = False
     ) -> Tensor | tuple[Tensor, StepDetails]:
-        """Advance the memory by one time step: the core as a cell, and the readable reference of the whole sequence path.
+        """Advance the memory by one time step: the core as a cell, and the reference of the sequence path.
 
         Args:
             input_t: input of this step, (B, ...), flattened to input_size; with input_rows > 1, (B, M, ...).
@@ -307,7 +328,8 @@ class RelationalMemory(nn.Module):
             return_details: also return the gates and the attention weights of this step.
 
         Returns:
-            The memory after the step, (B, N, D); its rows flattened are the output. With return_details, also StepDetails.
+            The memory after the step, (B, N, D); its rows flattened are the output. With return_details, also
+            StepDetails.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -324,17 +346,17 @@ class RelationalMemory(nn.Module):
 
     def _advance(self, rows: Tensor, memory: Tensor, attention: list[Tensor] | None = None) -> Tensor:
         """One step from projected input rows (B, M, D) and memory (B, N, D) to the next memory."""
-        attended = torch.cat([memory, rows], dim=1)                                 # (B, R, D), the [M; x] of eq. 2
+        attended = torch.cat([memory, rows], dim=1)                           # (B, R, D), the [M; x] of eq. 2
         for block in self.blocks:
             attended = self._attend(block, attended, attention)
-        candidate = attended[:, : self.mem_slots]                                   # (B, N, D), input rows dropped
+        candidate = attended[:, : self.mem_slots]                              # (B, N, D), input rows dropped
         if self.gate_style is None:
             return candidate
         input_gate, forget_gate = self.gates(rows, memory)
         return input_gate * torch.tanh(candidate) + forget_gate * memory            # eq. 7
 
     def _attend(self, block: AttentionBlock, rows: Tensor, attention: list[Tensor] | None) -> Tensor:
-        """One attention block: multi-head attention among the rows (eq. 2, the heads side by side), then the row-wise MLP; (B, R, D) -> (B, R, D)."""
+        """One block: the rows (B, R, D) attend to each other (eq. 2, all heads), then each goes through the MLP."""
         qkv = block.qkv_norm(block.qkv_projection(rows))                            # (B, R, H * (2K + V))
         qkv = qkv.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)               # (B, H, R, 2K + V)
         query, key, value = qkv.split([self.key_size, self.key_size, self.head_size], dim=-1)
@@ -342,7 +364,7 @@ class RelationalMemory(nn.Module):
         weights = torch.softmax(scores, dim=-1)
         if attention is not None:
             attention.append(weights)
-        update = (weights @ value).transpose(1, 2).flatten(2)                       # (B, R, D), head after head
+        update = (weights @ value).transpose(1, 2).flatten(2)                     # (B, R, D), head after head
         rows = block.attention_norm(rows + update)
         hidden = rows
         for layer, linear in enumerate(self.mlp):
@@ -350,7 +372,7 @@ class RelationalMemory(nn.Module):
         return block.mlp_norm(rows + hidden)
 
     def gates(self, rows: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and forget gate, from the projected input rows (B, M, D) and the memory before the step (B, N, D).
+        """Input and forget gate, from the projected input rows (B, M, D) and the memory (B, N, D) before the step.
 
         Returns:
             Both after the sigmoid: (B, N, D) for gate_style 'unit', (B, N, 1) for 'memory'.
@@ -364,12 +386,13 @@ class RelationalMemory(nn.Module):
         """Copy the variables of DeepMind's original module (Sonnet v1) into this core.
 
         Args:
-            variables: the original's variable names, with or without the prefixes `var/` and `relational_memory/`, to
-                arrays or tensors. Weight matrices are (fan_in, fan_out) there and are transposed here.
+            variables: the original's variable names, with or without the prefixes `var/` and
+                `relational_memory/`, to arrays or tensors. Weight matrices are (fan_in, fan_out) there and
+                are transposed here.
 
         Raises:
-            ValueError: names missing or not of this core, or shapes that do not fit; the message lists them all. Nothing
-                has been copied then.
+            ValueError: names missing or not of this core, or shapes that do not fit; the message lists them
+                all. Nothing has been copied then.
         """
         given = {}
         for name, value in variables.items():
@@ -401,7 +424,7 @@ class RelationalMemory(nn.Module):
         linears = [self.input_projection] + [block.qkv_projection for block in self.blocks]
         if self.gate_style is not None:
             linears += [self.input_gate_projection, self.memory_gate_projection]
-        norms = [norm for block in self.blocks for norm in (block.qkv_norm, block.attention_norm, block.mlp_norm)]
+        norms = [norm for block in self.blocks for norm in block.norms()]
         names = {}
         for index, linear in enumerate(linears):
             prefix = f"linear_{index}" if index else "linear"
@@ -421,8 +444,8 @@ class RelationalMemory(nn.Module):
         if not fits or (many and inputs.size(first - 1) != self.input_rows):
             rows = f", {self.input_rows} rows" if many else ""
             raise ValueError(
-                f"inputs must have shape ({', '.join(leading)}{rows}, ...) with {self.input_size} features (input_size) "
-                f"after flattening the rest, got {tuple(inputs.shape)}"
+                f"inputs must have shape ({', '.join(leading)}{rows}, ...) with {self.input_size} features "
+                f"(input_size) after flattening the rest, got {tuple(inputs.shape)}"
             )
         inputs = inputs.flatten(first)
         return inputs if many else inputs.unsqueeze(-2)
@@ -437,7 +460,7 @@ class RelationalMemory(nn.Module):
 
 
 def _functorch_is_active() -> bool:
-    """Whether a torch.func transform is at work, which the hand-written backward pass does not take part in."""
+    """Whether a torch.func transform is at work; the hand-written backward pass cannot take part in one."""
     return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
 
 
@@ -446,12 +469,13 @@ def _require_integer(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The fast sequence path. It computes what RelationalMemory._advance computes step by step, arranged for speed:
-#   * What depends on the inputs alone leaves the time loop and becomes a few large products (RelationalMemory._hoist).
+# ----------------------------------------------------------------------------------------------------
+# The fast sequence path: what RelationalMemory._advance computes step by step, arranged for speed.
+#   * What depends on the inputs alone leaves the time loop for a few large products (RelationalMemory._hoist).
 #   * In the last block only the memory rows go on: the input rows give keys and values and nothing else.
-#   * The backward pass is written out. It saves what it needs and no more, and turns the gradient of every recurrent
-#     weight into one product over all time steps instead of T small ones, which each read and write the whole weight.
+#   * The backward pass is written out. It saves what it needs and no more, and turns the gradient of every
+#     recurrent weight into one product over all time steps instead of T small ones, which each read and write
+#     the whole weight.
 
 
 class _Shape(NamedTuple):
@@ -468,7 +492,7 @@ class _Shape(NamedTuple):
 
     @property
     def pair(self) -> bool:
-        """One memory row and one input row in one block: attention over two keys, which needs no matrix product."""
+        """One memory row, one input row, one block: attention over two keys needs no matrix product."""
         return self.slots == self.input_rows == self.blocks == 1
 
 
@@ -486,7 +510,7 @@ class _BlockWeights(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """All weights of the scan. gate is the memory's gate projection; its bias is already in the hoisted input part."""
+    """All weights of the scan; gate is the memory's gate projection, its bias is in the hoisted input part."""
 
     blocks: list[_BlockWeights]
     mlp: list[tuple[Tensor, Tensor]]
@@ -507,9 +531,9 @@ class _Weights(NamedTuple):
 
 
 class _BlockTape(NamedTuple):
-    """What one block of one step leaves for the backward pass; S rows were projected, Q rows went on to the MLP."""
+    """What one block of one step leaves for the backward pass: S rows projected, Q rows sent to the MLP."""
 
-    inputs: Tensor | None        # (B * S, D), what was projected; None in the first block: the memory before the step
+    inputs: Tensor | None        # (B * S, D), what was projected; None in the first block, where it is the memory
     projected: Tensor            # (B * S, F) before its norm, F = H * (2K + V)
     projected_stats: Any         # mean and inverse deviation of each row, (B * S, 1) each
     attention: Any               # what the attention's backward pass needs
@@ -530,7 +554,7 @@ class _StepTape(NamedTuple):
 
 
 class _Stacks:
-    """Inputs of the recurrent linear layers at all steps, (T, rows, features) each, for products over all steps at once.
+    """Inputs of the recurrent linear layers at all steps, (T, rows, features) each, for one product over them.
 
     Where a product per step is to be used instead (`wanted` False), every stack is None.
     """
@@ -553,8 +577,8 @@ class _Stacks:
 class _Scan(torch.autograd.Function):
     """All time steps of the core from hoisted input parts, forward and backward pass by hand.
 
-    Inputs:  memory (B, N, D); qkv_in (T, B, M, F), normed; gate_in (T, B, G) with all biases, or None without gates;
-             rows (T, B, M, D) when there are blocks before the last, else None; then _Weights.flatten().
+    Inputs:  memory (B, N, D); qkv_in (T, B, M, F), normed; gate_in (T, B, G) with all biases, None without
+             gates; rows (T, B, M, D) when there are blocks before the last, else None; then _Weights.flatten().
     Outputs: the memories after every step (T, B, N, D), and the last one again (B, N, D).
     """
 
@@ -577,8 +601,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, grad_memories, grad_last):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the fast path of RelationalMemory has no second derivative; set core.fast = False to use the plain "
-                "step, which has derivatives of any order"
+                "the fast path of RelationalMemory has no second derivative; set core.fast = False to use the "
+                "plain step, which has derivatives of any order"
             )
         flat, memory, qkv_in, memories, stacks, tape = _unpack(ctx.layout, ctx.saved_tensors)
         weights = _Weights.group(ctx.shape, flat)
@@ -614,7 +638,7 @@ def _unpack(layout: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _scan(shape, weights, memory, qkv_in, gate_in, rows, stacks, tape):
-    """The time loop. Returns the memories (T, B, N, D); appends what the backward pass needs to tape, unless it is None."""
+    """The time loop; returns the memories (T, B, N, D). A tape takes what the backward pass needs."""
     steps = qkv_in.size(0)
     memories = memory.new_empty(steps, *memory.shape)
     for t in range(steps):
@@ -640,14 +664,14 @@ def _scan(shape, weights, memory, qkv_in, gate_in, rows, stacks, tape):
 
 
 def _slot(stack: Tensor | None, t: int, like: Tensor | None = None) -> Tensor | None:
-    """Step t of a stack, in the shape of `like` if given; None, for a fresh tensor, where there is no stack."""
+    """Step t of a stack, in the shape of `like` if given; None where there is no stack: a fresh tensor then."""
     if stack is None:
         return None
     return stack[t] if like is None else stack[t].view(like.shape)
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """inputs @ weight.T + bias. Under autocast the weight is of lower precision: so is the product, not the result."""
+    """inputs @ weight.T + bias; a weight of lower precision (autocast) lowers the product's, not the result's."""
     if inputs.dtype == weight.dtype:
         return torch.addmm(bias, inputs, weight.t(), out=out)
     return torch.add(inputs.to(weight.dtype) @ weight.t(), bias, out=out)
@@ -674,8 +698,9 @@ def _gates(weight, gate_in, squashed):
 def _block(shape, weights, index, z, given, rows, stacks, t):
     """One attention block; (B, S, D) -> (B, Q, D) and what its backward pass needs.
 
-    z holds the rows to be projected here: the memory in the first block, where the input rows' queries, keys and values
-    are `given` (B, M, F) and the rows themselves, if they go on, are `rows` (B, M, D); all rows in later blocks.
+    z holds the rows to be projected here. In the first block that is the memory: the input rows' queries, keys
+    and values are `given` (B, M, F), and the rows themselves, if they go on, are `rows` (B, M, D). In later
+    blocks it is all rows.
     """
     block = weights.blocks[index]
     batch, _, width = z.shape
@@ -708,16 +733,24 @@ def _block(shape, weights, index, z, given, rows, stacks, t):
     if index + 1 < shape.blocks and stacks.block_inputs[index + 1] is not None:
         z = stacks.block_inputs[index + 1][t].copy_(z)
     tape = _BlockTape(
-        None if index == 0 else inputs, projected, projected_stats, attention, residual, residual_stats, mlp_inputs, summed, summed_stats
+        None if index == 0 else inputs,
+        projected,
+        projected_stats,
+        attention,
+        residual,
+        residual_stats,
+        mlp_inputs,
+        summed,
+        summed_stats,
     )
     return z.view(batch, queries, width), tape
 
 
 def _attend_pair(shape, normed, given):
-    """One memory row attends over itself and one input row: softmax over two scores, the sigmoid of their difference.
+    """One memory row attends over itself and one input row: softmax over two scores is a sigmoid.
 
-    normed (B, F) and given (B, 1, F) are the two rows' queries, keys and values; returns (B, 1, H, V) and what the
-    backward pass needs.
+    normed (B, F) and given (B, 1, F) are the two rows' queries, keys and values; returns (B, 1, H, V) and
+    what the backward pass needs.
     """
     own = normed.unflatten(-1, (shape.heads, -1))                                       # (B, H, 2K + V)
     other = given.squeeze(1).unflatten(-1, (shape.heads, -1))
@@ -731,7 +764,7 @@ def _attend_pair(shape, normed, given):
 
 
 def _attend_pair_backward(shape, saved, grad_update):
-    """Gradients by the memory row's and the input row's queries, keys and values, (B, F) each; grad_update (B, 1, D)."""
+    """Gradients by both rows' queries, keys and values, (B, F) each, from grad_update (B, 1, D)."""
     own, key_difference, value_difference, own_weight = saved
     key, value = shape.key_size, 2 * shape.key_size
     grad_update = grad_update.view_as(value_difference)
@@ -741,7 +774,7 @@ def _attend_pair_backward(shape, saved, grad_update):
     torch.mul(grad_score, key_difference, out=grad_own[..., :key])
     torch.mul(grad_score, own[..., :key], out=grad_own[..., key:value])
     torch.mul(grad_update, own_weight, out=grad_own[..., value:])
-    grad_other[..., :key] = 0                                                           # its query is not used
+    grad_other[..., :key] = 0                                                          # its query is not used
     torch.neg(grad_own[..., key:value], out=grad_other[..., key:value])
     torch.sub(grad_update, grad_own[..., value:], out=grad_other[..., value:])
     return grad_own.flatten(1), grad_other.flatten(1)
@@ -750,12 +783,12 @@ def _attend_pair_backward(shape, saved, grad_update):
 def _attend_rows(shape, normed, given, batch, queries):
     """The first Q rows attend over all R rows.
 
-    normed (B * S, F) and given (B, M, F), or None, are the rows' queries, keys and values; returns (B, Q, H, V) and what
-    the backward pass needs.
+    normed (B * S, F) and given (B, M, F), or None, are the rows' queries, keys and values; returns
+    (B, Q, H, V) and what the backward pass needs.
     """
     normed = normed.unflatten(-1, (shape.heads, -1)).unflatten(0, (batch, -1))          # (B, S, H, 2K + V)
     own, others = normed.size(1), 0 if given is None else given.size(1)
-    qkv = normed.new_empty(batch, shape.heads, own + others, normed.size(-1))           # heads apart for the products
+    qkv = normed.new_empty(batch, shape.heads, own + others, normed.size(-1))   # heads apart for the products
     qkv[:, :, :own] = normed.transpose(1, 2)
     if given is not None:
         qkv[:, :, own:] = given.unflatten(-1, (shape.heads, -1)).transpose(1, 2)
@@ -773,7 +806,7 @@ def _attend_rows_backward(shape, saved, grad_update):
     batch, queries = grad_update.shape[:2]
     sizes = [shape.key_size, shape.key_size, shape.head_size]
     query, key, value = qkv.split(sizes, dim=-1)
-    grad_update = grad_update.unflatten(-1, (shape.heads, -1)).transpose(1, 2).flatten(0, 1)    # (B * H, Q, V)
+    grad_update = grad_update.unflatten(-1, (shape.heads, -1)).transpose(1, 2).flatten(0, 1)   # (B * H, Q, V)
     grad_weights = torch.bmm(grad_update, value.transpose(1, 2))
     grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
     grad_scores = grad_scores.mul_(shape.key_size**-0.5)
@@ -789,9 +822,10 @@ def _attend_rows_backward(shape, saved, grad_update):
 class _LinearGradient:
     """Gradient of one linear layer's weight and bias, summed over the time steps.
 
-    With a stack for the errors, they are kept and multiplied with the inputs of all steps once, at the end: with few rows
-    per step, a product at every step would spend its time on reading and writing the whole gradient. Without a stack,
-    each step's product is added at once: with many rows that costs no more, and needs no memory for the errors.
+    With a stack for the errors, they are kept and multiplied with the inputs of all steps once, at the end:
+    with few rows per step, a product at every step would spend its time on reading and writing the whole gradient. Without
+    a stack, each step's product is added at once: with many rows that costs no more, and needs no memory for
+    the errors.
     """
 
     def __init__(self, weight: Tensor, stack: Tensor | None):
@@ -802,7 +836,7 @@ class _LinearGradient:
         """errors (rows, out), the gradient by the layer's output at step t, and inputs (rows, in)."""
         if self.stack is None:
             self._accumulate(errors, inputs)
-        elif errors.data_ptr() != self.stack[t].data_ptr():                             # else it was made in place
+        elif errors.data_ptr() != self.stack[t].data_ptr():                        # else it was made in place
             self.stack[t].copy_(errors)
 
     def add_stack(self, steps: slice, inputs: Tensor) -> None:
@@ -836,7 +870,7 @@ class _NormGradient:
 
 
 def _scan_backward(shape, weights, stacks, tape, memory, qkv_in, memories, grad_memories, grad_last):
-    """The time loop backwards. Returns the gradients by memory, qkv_in, gate_in, rows and the flat weights."""
+    """The time loop backwards; returns gradients by memory, qkv_in, gate_in, rows and the flat weights."""
     steps, batch, slots, width = memories.shape
     rows_after = [(slots if i + 1 == shape.blocks else slots + shape.input_rows) for i in range(shape.blocks)]
     rows_before = [slots, *rows_after[:-1]]
@@ -872,7 +906,9 @@ def _scan_backward(shape, weights, stacks, tape, memory, qkv_in, memories, grad_
             grad_z, carry = grad, torch.zeros_like(memory)
         else:
             input_gate, forget_gate = saved.gates.chunk(2, dim=-1)
-            grad_gates = torch.empty_like(saved.gates) if gate_grad.stack is None else _slot(gate_grad.stack, t, saved.gates)
+            grad_gates = _slot(gate_grad.stack, t, saved.gates)
+            if grad_gates is None:
+                grad_gates = torch.empty_like(saved.gates)
             to_input, to_forget = grad_gates.chunk(2, dim=-1)
             if shape.gate_style == "unit":
                 torch.mul(grad, saved.candidate, out=to_input)
@@ -901,7 +937,8 @@ def _scan_backward(shape, weights, stacks, tape, memory, qkv_in, memories, grad_
             grad_residual = norms[1].backward(errors.add_(grad_summed), kept.residual, kept.residual_stats)
             grad_residual = grad_residual.view(batch, rows_after[index], width)
             if shape.pair:
-                grad_normed, grad_qkv_in[t, :, 0] = _attend_pair_backward(shape, kept.attention, grad_residual)
+                grad_normed, grad_given = _attend_pair_backward(shape, kept.attention, grad_residual)
+                grad_qkv_in[t, :, 0] = grad_given
             else:
                 grad_normed = _attend_rows_backward(shape, kept.attention, grad_residual)
                 if index == 0:
@@ -932,7 +969,9 @@ def _scan_backward(shape, weights, stacks, tape, memory, qkv_in, memories, grad_
             gate_grad.add_stack(every, stacks["squashed"])
     blocks = [
         _BlockWeights(
-            linear.weight_grad, linear.bias_grad, *(g for norm in norms for g in (norm.gain_grad, norm.shift_grad))
+            linear.weight_grad,
+            linear.bias_grad,
+            *(gradient for norm in norms for gradient in (norm.gain_grad, norm.shift_grad)),
         )
         for linear, norms in zip(qkv_grads, norm_grads, strict=True)
     ]
