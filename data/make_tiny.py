@@ -3,8 +3,8 @@
     python data/make_tiny.py            rewrite train.txt, valid.txt, test.txt and entropy.json
     python data/make_tiny.py --check    verify that the files are byte for byte what this script makes
 
-Each story has two children with a thing each, one child older (taller ...) than the other. Once this is
-told, many words are forced by RELATIONS: who has the thing just named (also after a swap), who the younger
+Each story has two children, a thing that one of them has, and an order (one is older, taller ...). Once this
+is told, many words are forced by RELATIONS: who has the thing (also after it was given away), who the younger
 child is, whose name comes back. Everything else is a free choice with known weights.
 
 Why the entropy is exact. A story is told from left to right, and every choice is the choice of the next
@@ -24,6 +24,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -39,8 +40,7 @@ def words(listed: str) -> list[str]:
 
 GIRLS = words("anna emma lucy")
 BOYS = words("ben jack tom")
-TOYS = words("ball drum kite")
-PETS = words("cat dog goat")
+THINGS = words("ball drum kite lamp")
 COLOURS = words("blue golden green red white yellow")
 PLACES = words("bridge castle forest garden lake market mill river tower well")
 WEATHER = words("bright cloudy cold foggy rainy snowy sunny windy")
@@ -101,22 +101,20 @@ def weighted(options: Options) -> dict[str, int]:
 class Story:
     """One story and its state: who is there, who has what, who is older.
 
-    Between two episodes the state has the same shape (two children, each with one thing, and an order): any
+    Between two episodes the state has the same shape (two children, a thing that one has, an order): any
     episode may follow any other, and offers the same number of choices wherever it comes.
     """
 
     def __init__(self, teller: Teller):
         self.tell = teller
         self.children: list[str] = []
-        self.owner: dict[str, str] = {}  # thing -> child; two things
+        self.thing = ""
+        self.owner = ""  # the child who has the thing
         self.comparative = ""
         self.first = ""  # the child who is older (taller ...) than the other
 
     def other(self, child: str) -> str:
         return self.children[1 - self.children.index(child)]
-
-    def thing_of(self, child: str) -> str:
-        return next(thing for thing, owner in self.owner.items() if owner == child)
 
     def begin(self) -> None:
         """Name the children, their things and their order."""
@@ -130,13 +128,13 @@ class Story:
         tell.pick({"met": 3, "called": 1})
         self.children = [child, tell.pick(BOYS if child in GIRLS else GIRLS)]
         tell.say(END)
-        child = tell.pick(self.children)
+        self.owner = tell.pick(self.children)
         tell.say("had a")
         tell.pick(COLOURS)
-        self.owner[tell.pick(TOYS)] = child
-        tell.say(f"and {self.other(child)} had a")
+        self.thing = tell.pick(THINGS)
+        tell.say(f"and {self.other(self.owner)} had a")
         tell.pick(SIZES)
-        self.owner[tell.pick(PETS)] = self.other(child)
+        tell.pick(ANIMALS)
         tell.say(END)
         self.first = tell.pick(self.children)
         tell.say("was")
@@ -147,24 +145,20 @@ class Story:
         """One sentence; returns whether the story goes on."""
         tell = self.tell
         opening = tell.pick(
-            dict.fromkeys(self.children, 6)
-            | {"who had the": 3, "the": 3, "then they swapped and": 2, "at last": 4}
+            dict.fromkeys(self.children, 6) | {"who had the": 3, "the": 3, "then": 3, "at last": 4}
         )
         if opening in self.children:
             self.act(opening)
         elif opening == "who had the":
-            thing = tell.pick(list(self.owner))
-            tell.say(f"? it was {self.owner[thing]}")
+            tell.say(f"{self.thing} ? it was {self.owner}")
         elif opening == "the":
             word = tell.pick([self.comparative, ORDERS[self.comparative]])
             tell.say(f"child was {self.first if word == self.comparative else self.other(self.first)}")
-        elif opening == "then they swapped and":
-            self.owner = {thing: self.other(child) for thing, child in self.owner.items()}
-            child = tell.pick(self.children)
-            tell.say(f"had the {self.thing_of(child)}")
+        elif opening == "then":
+            tell.say(f"{self.owner} gave the {self.thing} to {self.other(self.owner)}")
+            self.owner = self.other(self.owner)
         else:
-            child = tell.pick(self.children)
-            tell.say(f"took the {self.thing_of(child)}")
+            tell.say(f"{self.owner} took the {self.thing}")
             tell.pick({"home": 2, "to bed": 1})
         tell.say(END)
         return opening != "at last"
@@ -172,12 +166,11 @@ class Story:
     def act(self, child: str) -> None:
         """What a child does, told from the verb on."""
         tell = self.tell
-        her = "her" if child in GIRLS else "his"
-        verb = tell.pick({"played with": 3, "saw a": 3, "waved to": 2, "felt": 2, "ran to the": 2, "ate": 2})
-        if verb == "played with":
-            tell.say(f"{her} {self.thing_of(child)}")
-            tell.pick({"near the": 3, "behind the": 2})
-            tell.pick(PLACES)
+        # As many words and choices for the one as for the other, so that the state keeps its shape.
+        play = "played with the" if child == self.owner else "asked for the"
+        verb = tell.pick({play: 4, "saw a": 3, "waved to": 3, "felt": 2, "ran to the": 2, "ate": 2})
+        if verb == play:
+            tell.say(self.thing)
         elif verb == "saw a":
             tell.pick(SIZES)
             tell.pick(ANIMALS)
@@ -187,7 +180,7 @@ class Story:
             tell.pick(FEELINGS)
         elif verb == "ran to the":
             tell.pick(PLACES)
-            tell.say(f"with {her} {self.thing_of(child)}")
+            tell.say(f"with {self.other(child)}")
         else:
             tell.pick({"some": 2, "all the": 1})
             tell.pick(FOODS)
@@ -215,12 +208,17 @@ def tokens_with_probabilities(seed: int, at_least: int) -> Iterator[tuple[str, f
         yield from teller.words
 
 
+@cache
+def tell_split(split: str) -> list[tuple[str, float]]:
+    return list(tokens_with_probabilities(*SPLITS[split]))
+
+
 def best_perplexity(split: str) -> dict[str, float]:
     """The loss of the generator itself on one of its files.
 
     As for every language model here, the first token of the stream is given: N tokens have N - 1 targets.
     """
-    told = list(tokens_with_probabilities(*SPLITS[split]))
+    told = tell_split(split)
     nats = math.fsum(-math.log(probability) for _, probability in told[1:]) / (len(told) - 1)
     return {"tokens": len(told), "nats_per_token": round(nats, 6), "perplexity": round(math.exp(nats), 4)}
 
@@ -286,7 +284,7 @@ class Enumerator(Teller):
 
 def text(split: str) -> str:
     """The text of a split's file: a sentence per line, words separated by spaces."""
-    told = " ".join(word for word, _ in tokens_with_probabilities(*SPLITS[split]))
+    told = " ".join(word for word, _ in tell_split(split))
     return told.replace(f" {EOS} ", "\n").replace(f" {EOS}", "\n")
 
 
