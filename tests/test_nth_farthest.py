@@ -572,6 +572,30 @@ def test_a_foreign_checkpoint_is_refused():
         )
 
 
+@pytest.mark.timeout(600)  # some 15 seconds on a core of its own
+def test_the_core_leaves_the_plateau_and_the_lstm_does_not(tmp_path):
+    """Three points on a line: 2/3 for who knows only that the nearest is m itself. Seeded, end to end."""
+    flags = ["--num-vectors", 3, "--num-dims", 1, "--outputunits", 64, "--batch-size", 64, "--lr", 0.001]
+    flags += ["--test-examples", 2000, "--log-interval", 50, "--input-scale", 3]
+    core = ["--memslots", 3, "--numheads", 2, "--headsize", 16, "--memory-scale", 6]
+    beyond = 0.72  # 5 standard deviations above 2/3
+
+    _, folder = train(tmp_path, *flags, *core, "--steps", 1600, "--target-accuracy", beyond, name="rmc")
+    steps, accuracies = zip(*logged_accuracies(folder), strict=True)
+    assert min(accuracies[-3:]) >= beyond
+    assert max(accuracies[: len(accuracies) // 2]) < beyond  # the plateau was there, and for long
+
+    train(tmp_path, *flags, "--model", "lstm", "--nhid", 64, "--steps", steps[-1], name="lstm")
+    steps, accuracies = zip(*logged_accuracies(tmp_path / "lstm"), strict=True)
+    assert accuracies[-1] > 0.62 and max(accuracies) < beyond
+
+
+def logged_accuracies(folder):
+    return [
+        (e["step"], e["test_accuracy"]) for e in runs.read_log(folder / "log.jsonl") if e["event"] == "train"
+    ]
+
+
 # ---- the captured step
 
 
