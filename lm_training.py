@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -511,10 +512,12 @@ class Trainer:
         self.save_last()
         self.interval_clock = time.perf_counter()  # evaluation is not part of the next ms/batch
 
-    def evaluate(self, split: str, interrupts: runs.Interrupts | None = None) -> float:
-        """Mean loss of a split, nats per token."""
+    def evaluate(
+        self, split: str, interrupts: runs.Interrupts | None = None, model: LanguageModel | None = None
+    ) -> float:
+        """Mean loss of a split in nats per token, of the model in training or of another."""
         return evaluate(
-            self.model,
+            model or self.model,
             getattr(self.corpus, split),
             self.args.eval_batch_size,
             self.args.bptt,
@@ -524,12 +527,11 @@ class Trainer:
         )
 
     def test(self) -> float | None:
-        """Loads the best model; its test loss in nats per token, or None when there is no best model yet."""
+        """The best model's test loss in nats per token, None when there is no best model yet."""
         if not self.at.best_epoch:
             return None
-        best = runs.load_checkpoint(self.folder / "best.pt")
-        self.model.load_state_dict(best["model"])
-        return self.evaluate("test")
+        best, _ = load_model(runs.load_checkpoint(self.folder / "best.pt"), self.device)
+        return self.evaluate("test", model=best)
 
     # -- log, checkpoints
 
@@ -681,9 +683,11 @@ def run(
         f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
         f"tokens (train / valid / test), {len(corpus.vocabulary):,} words"
     )
-    cutoffs = choose_softmax(args, len(corpus.vocabulary))
     try:
-        model = build_model(args, len(corpus.vocabulary), cutoffs).to(device)
+        cutoffs = choose_softmax(args, len(corpus.vocabulary))
+        build = functools.partial(build_model, args, len(corpus.vocabulary), cutoffs)
+        runs.check_model_fits(build, device)
+        model = build().to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -725,8 +729,9 @@ def run(
     except Interrupted:
         return tell_interrupted(trainer, script)
     except BaseException:
-        # Whatever it was: a run that has not got as far as one good loss leaves nothing worth a folder.
-        if args.resume is None and not (trainer.at.epoch_tokens or trainer.at.epoch > 1):
+        # Whatever it was: a run without one good loss or a checkpoint has nothing in it worth a folder.
+        begun = trainer.at.epoch_tokens or trainer.at.epoch > 1 or (folder / "last.pt").exists()
+        if args.resume is None and not begun:
             runs.discard_run_folder(folder)
         raise
     tell_test(trainer, trainer.test(), "test")

@@ -46,11 +46,12 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shells' custom
 # ---- errors, exit status
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends defaults to the help, but not where they say nothing (None, False)."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines; appends defaults to the help, but not where they say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 class UserError(Exception):
@@ -131,6 +132,7 @@ def _number(kind: type, low: float, high: float, rule: str, low_open: bool = Fal
 
 _HUGE = 2**31 - 1  # no count in these scripts is sensible above it, and torch's sizes stay in range below it
 positive_int = _number(int, 1, _HUGE, "a whole number from 1 to 2147483647")
+layer_count = _number(int, 1, 1000, "a whole number from 1 to 1000")  # each is built in a Python loop
 non_negative_int = _number(int, 0, _HUGE, "a whole number from 0 to 2147483647")
 seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")  # numpy's range
 finite_float = _number(float, -1e30, 1e30, "a finite number")
@@ -698,6 +700,38 @@ def choose_device(cuda: bool, threads: int = 0) -> torch.device:
         flush=True,
     )
     return torch.device("cuda", 0)
+
+
+def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> None:
+    """Refuses a model that cannot be trained in the memory there is, before any of it is used.
+
+    Systems that promise more memory than they have kill a process that takes them at their word.
+
+    Args:
+        build: makes the model; called once, for shapes only.
+        device: where it is to be trained.
+
+    Raises:
+        UserError: weights, gradients and Adam's two moments together exceed the device's memory.
+        ValueError: as `build` does.
+    """
+    try:
+        with torch.device("meta"):
+            needed = 4 * sum(weight.numel() * weight.element_size() for weight in build().parameters())
+    except (RuntimeError, OverflowError) as error:  # products of sizes beyond 64 bits
+        reason = str(error).splitlines()[0]
+        raise UserError(f"a model of these sizes cannot be built ({reason}). Lower its sizes.") from None
+    if device.type == "cuda":
+        present = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > present:
+        raise UserError(
+            f"a model of these sizes needs {needed / 1e9:,.1f} GB for weights, gradients and optimiser, but "
+            f"{device.type} memory has {present / 1e9:,.1f} GB in all. Lower the sizes."
+        )
 
 
 def wrap_data_parallel(model: nn.Module, device: torch.device, batch_size: int) -> nn.Module:

@@ -1,6 +1,8 @@
 """Train a word-level language model on the relational memory core of Santoro et al. 2018 (arXiv:1806.01822).
 
-Example: python train_rmc.py --data tiny --epochs 5        Every run writes a folder under runs/.
+Example: python train_rmc.py --data tiny --epochs 5
+
+Every run writes a folder under runs/.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     core.add_argument("--numheads", type=runs.positive_int, default=4, metavar="N", help="attention heads")
     core.add_argument(
-        "--numblocks", type=runs.positive_int, default=1, metavar="N", help="attention blocks per time step"
+        "--numblocks", type=runs.layer_count, default=1, metavar="N", help="attention blocks per time step"
     )
     core.add_argument(
         "--forgetbias",
@@ -60,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     core.add_argument(
         "--attmlplayers",
-        type=runs.positive_int,
+        type=runs.layer_count,
         default=3,
         metavar="N",
         help="layers of the MLP after the attention",

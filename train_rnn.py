@@ -1,6 +1,8 @@
 """Train a word-level LSTM, GRU or plain recurrent language model: the baseline of train_rmc.py.
 
-Example: python train_rnn.py --data tiny --epochs 5        Every run writes a folder under runs/.
+Example: python train_rnn.py --data tiny --epochs 5
+
+Every run writes a folder under runs/.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--nhid", type=runs.positive_int, default=300, metavar="UNITS", help="hidden units per layer"
     )
-    network.add_argument("--nlayers", type=runs.positive_int, default=1, metavar="N", help="recurrent layers")
+    network.add_argument("--nlayers", type=runs.layer_count, default=1, metavar="N", help="recurrent layers")
     network.add_argument(
         "--tied",
         action="store_true",

@@ -140,6 +140,13 @@ def test_training_loss_is_weighed_by_tokens_and_state_is_carried(tmp_path, kind)
     assert trainer.at.epoch_nats / 504 == pytest.approx(expected, rel=1e-6)
 
 
+def test_training_is_in_training_mode(tmp_path):
+    trainer = make_trainer(tmp_path, "rnn")
+    trainer.model.eval()
+    trainer.train_epoch()
+    assert trainer.model.training
+
+
 def test_gradient_is_that_of_the_mean_and_is_clipped(tmp_path):
     trainer = make_trainer(tmp_path, "rnn", "--clip", "0.01")
     tokens, targets = next(trainer.columns.windows(11))

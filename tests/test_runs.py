@@ -413,7 +413,10 @@ def test_argument_types(kind, good, bad):
 
 
 def test_help_shows_defaults_that_say_something():
-    text = make_parser().format_help()
+    parser = make_parser()
+    parser.add_argument("--bias", type=runs.finite_float, default=0.0, help="a bias")
+    text = parser.format_help()
+    assert "a bias (default: 0.0)" in text
     assert "(default: 1111)" in text and "(default: None)" not in text and "(default: False)" not in text
 
 

@@ -457,6 +457,8 @@ def test_defaults_are_the_published_ones_and_help_names_every_flag(script):
         (["--tied", "--adaptivesoftmax"], "exclude each other"),
         (["--tied"], "tied"),
         (["--name", "a b"], "--name"),
+        (["--nhid", "2000000"], "needs .* GB"),
+        (["--nhid", "2147483647", "--emsize", "2147483647"], "a model of these sizes"),
         (["--data", "no/such/corpus"], "no/such/corpus"),
         (["--resume", "no/such/run"], "not there"),
         (["--evaluate", "no/such/file.pt"], "no checkpoint"),
