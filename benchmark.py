@@ -195,7 +195,7 @@ def option_variants(task: Task, device: torch.device) -> list[Variant]:
 
 
 @contextmanager
-def settings(variant: Variant) -> Iterator[None]:
+def settings(variant: Variant, device: torch.device) -> Iterator[None]:
     """The switches of a variant that belong to whole modules, set for the duration of a call."""
     changes = []
     if variant.deferred is not None:
@@ -207,7 +207,8 @@ def settings(variant: Variant) -> Iterator[None]:
     try:
         for module, name, value in changes:
             setattr(module, name, value)
-        torch.set_float32_matmul_precision("high" if variant.tf32 else "highest")
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if variant.tf32 else "highest")
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -239,12 +240,12 @@ class ModelRunner:
 
     def train(self) -> Tensor:
         self.model.train()
-        with settings(self.variant):
+        with settings(self.variant, self.device):
             return self._train(*self.inputs)
 
     def forward(self) -> Tensor:
         self.model.eval()
-        with settings(self.variant):
+        with settings(self.variant, self.device):
             return self._forward(*self.inputs)
 
     def loss(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -433,7 +434,8 @@ class Floor:
 
     def __init__(self, task: Task, device: torch.device):
         torch.manual_seed(1)
-        self.task, self.notes = task, []
+        self.task, self.device = task, device
+        self.notes: list[str] = []
         width, rows = task.mem_size, task.batch * task.mem_slots
         count = task.batch * task.steps
         qkv, gates = task.num_heads * (2 * task.key_size + task.head_size), 2 * width
@@ -488,11 +490,11 @@ class Floor:
         return sum(p.flops + (p.backward_flops if backward else 0) for p in products)
 
     def train(self) -> None:
-        with settings(FLOOR):
+        with settings(FLOOR, self.device):
             self._train()
 
     def forward(self) -> None:
-        with settings(FLOOR):
+        with settings(FLOOR, self.device):
             self._forward()
 
     @torch.no_grad()
