@@ -89,10 +89,7 @@ class CapturedStep:
                 graph.register_generator_state(generator)
             with torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
-        except (
-            RuntimeError,
-            AttributeError,
-        ) as error:  # torch reports most of CUDA's refusals as RuntimeError
+        except (RuntimeError, AttributeError) as error:  # what torch raises when CUDA refuses
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.enabled, self.outputs = False, None

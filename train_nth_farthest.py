@@ -9,6 +9,7 @@ paper's core ends at 91 %.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -88,11 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="memslots x numheads x headsize; sets the head size, in place of --headsize",
     )
     model.add_argument(
-        "--numblocks", type=runs.positive_int, default=1, metavar="N", help="attention blocks per time step"
+        "--numblocks", type=runs.layer_count, default=1, metavar="N", help="attention blocks per time step"
     )
     model.add_argument(
         "--attmlplayers",
-        type=runs.positive_int,
+        type=runs.layer_count,
         default=2,
         metavar="N",
         help="layers of the MLP after the attention",
@@ -125,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--outputlayers",
-        type=runs.positive_int,
+        type=runs.layer_count,
         default=4,
         metavar="N",
         help="ReLU layers between the core and the logits",
@@ -273,8 +274,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     """The learning rate of a step, the first being 1.
 
     It depends on nothing but the step, so a resumed run has nothing to restore. A schedule that waits for the
-    loss to
-    improve would be wrong here: on the plateau the loss stands still although all is well.
+    loss to improve would be wrong here: on the plateau the loss stands still although all is well.
     """
     if step <= args.warmup:
         return args.lr * step / args.warmup
@@ -546,14 +546,21 @@ def load_model(checkpoint: dict[str, Any], device: torch.device | str = "cpu") -
 # ---- after training
 
 
-def final_report(
-    folder: Path, args: argparse.Namespace, device: torch.device, log: runs.RunLog | None
-) -> None:
-    """Measures best.pt on fresh examples, in all and by n, for screen and log, and draws its attention."""
+def final_report(folder: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
+    """Measures best.pt on fresh examples, in float32, and draws its attention on one of them.
+
+    Args:
+        folder: the run's.
+        args: the run's.
+        device: where to compute.
+
+    Returns:
+        what was printed, None if there is no best.pt: best_step, accuracy, accuracy_by_n, examples.
+    """
     path = folder / "best.pt"
     if not path.is_file():
         say(f"no best.pt in {folder}, so there is nothing to measure yet")
-        return
+        return None
     checkpoint = runs.load_checkpoint(path, device)
     model = load_model(checkpoint, device)
     inputs, targets = fixed_test_set(args, FINAL_TEST_SEED, FINAL_TEST_FACTOR * args.test_examples, device)
@@ -564,10 +571,9 @@ def final_report(
     for rank, score in enumerate(by_rank):
         note = "  the farthest" if rank == 0 else "  m itself" if rank == args.num_vectors - 1 else ""
         say(f"  n = {rank}  {score:7.2%}{note}")
-    if log is not None:
-        log.write("final", step=step, accuracy=accuracy, accuracy_by_n=by_rank, examples=len(targets))
     if args.model == "rmc":
         draw_attention(model, inputs[:1], folder / "attention.png")
+    return {"best_step": step, "accuracy": accuracy, "accuracy_by_n": by_rank, "examples": len(targets)}
 
 
 def draw_attention(model: NthFarthestModel, inputs: torch.Tensor, path: Path) -> None:
@@ -596,10 +602,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = runs.choose_device(args.cuda, args.threads)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     runs.seed_everything(args.seed)
-    try:
-        model = build_model(args, "headsize" in runs.given_arguments(parser, argv)).to(device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    build = functools.partial(build_model, args, "headsize" in runs.given_arguments(parser, argv))
+    runs.check_model_fits(build, device)
+    model = build().to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     K = args.num_vectors
     print(f"task: {K} vectors of {args.num_dims} dimensions; chance {1 / K:.1%}, plateau {2 / K:.1%}")
@@ -618,14 +623,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs.RunLog(folder / "log.jsonl").write("resume", step=trainer.at.step)
         print(f"run folder: {folder}, resumed at step {trainer.at.step:,}", flush=True)
 
-    outcome = trainer.train(folder)
+    try:
+        outcome = trainer.train(folder)
+    except BaseException:
+        # A run without one report or checkpoint has nothing in it worth a folder.
+        if args.resume is None and not (trainer.at.best_step or (folder / "last.pt").exists()):
+            runs.discard_run_folder(folder)
+        raise
     if outcome != "finished":
         why = trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
         best = max(0.0, trainer.at.best_accuracy)
         say(f"stopped by {why} at step {trainer.at.step:,}, test accuracy at best {best:.1%}")
+        say(f"to measure what there is: python {SCRIPT}.py --evaluate {folder}")
         say(f"to go on: python {SCRIPT}.py --resume {folder}")
         return trainer.interrupts.exit_status
-    final_report(folder, args, device, trainer.log)
+    if scores := final_report(folder, args, device):
+        trainer.log.write("final", step=trainer.at.step, **scores)
     return 0
 
 
@@ -634,7 +647,7 @@ def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
     folder = Path(args.evaluate)
     of_run = runs.parse_arguments(parser, ["--resume", str(folder)], SCRIPT)
     of_run.cuda, of_run.threads = args.cuda, args.threads
-    final_report(folder, of_run, runs.choose_device(args.cuda, args.threads), log=None)
+    final_report(folder, of_run, runs.choose_device(args.cuda, args.threads))
     return 0
 
 

@@ -162,7 +162,7 @@ def test_knowing_only_that_scores_the_plateau():
 
 
 def test_generation_is_a_small_part_of_a_training_step():
-    """TARGETS fault 2: examples were generated one by one in NumPy."""
+    """A fault of the 2018 port: examples were generated one by one in NumPy."""
     B, K, D = 100, 8, 16
     model = NthFarthestModel(K, D)
     generator = torch.Generator().manual_seed(1)
@@ -200,7 +200,7 @@ def test_defaults_are_the_papers():
 
 
 def test_loss_takes_logits_not_probabilities():
-    """TARGETS fault 2: softmax was applied before cross-entropy, which bounds the loss away from 0."""
+    """A fault of the 2018 port: softmax before cross-entropy, which bounds the loss away from 0."""
     inputs, targets = batch(13, 3, 2)
     model = tiny_model()
     logits = model(inputs).detach() * 50  # far from uniform, where one softmax more shows
@@ -216,7 +216,7 @@ def test_loss_takes_logits_not_probabilities():
 
 @pytest.mark.parametrize("kind", ["rmc", "lstm"])
 def test_a_few_examples_are_learned_to_zero_loss(kind):
-    """TARGETS fault 2 again: with a second softmax the loss of 3 classes cannot fall below 0.55."""
+    """The same fault from end to end: with a second softmax the loss of 3 classes cannot fall below 0.55."""
     inputs, targets = batch(8, 3, 2)
     model = tiny_model(model=kind, head_layers=2, head_units=32)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
@@ -312,7 +312,7 @@ def test_counting_in_pieces_changes_nothing():
     ],
 )
 def test_every_flag_reaches_the_model(flags, setting, value):
-    """TARGETS fault 3: flags that never reach the model."""
+    """A fault of the 2018 port: flags that never reached the model."""
     model = script.build_model(script.build_parser().parse_args(flags.split()))
     assert model.config[setting] == value
     core = "core" if hasattr(model.core, setting) else None
@@ -421,7 +421,12 @@ def test_a_run_folder_holds_what_the_run_was(tmp_path, capsys):
     assert [(e["event"], e["step"]) for e in events[:3]] == [("train", 5), ("train", 10), ("train", 12)]
     assert events[0]["examples_per_second"] > 0 and 0 <= events[0]["accuracy"] <= 1
     final = events[-1]
-    assert final["event"] == "final" and len(final["accuracy_by_n"]) == 3 and final["examples"] == 200
+    assert (
+        final["event"] == "final"
+        and final["step"] == 12
+        and len(final["accuracy_by_n"]) == 3
+        and final["examples"] == 200
+    )
     text = capsys.readouterr().out
     assert "chance 33.3%, plateau 66.7%" in text and "n = 2" in text and "m itself" in text
 
@@ -487,6 +492,30 @@ def test_a_finished_run_can_be_lengthened(tmp_path):
     script.main(["--resume", str(pieces), "--steps", "10"])
     expected, found = weights(whole), weights(pieces)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_saves_itself_and_shows_its_curve_while_it_goes(tmp_path, monkeypatch):
+    """Faults of the 2018 port: it never saved anything and plotted after 10 million epochs."""
+    seen = []
+
+    def look(self, progress, report=script.Trainer.report):
+        report(self, progress)
+        events = [event["event"] for event in runs.read_log(self.folder / "log.jsonl")]
+        seen.append((events.count("train"), (self.folder / "best.pt").exists()))
+
+    monkeypatch.setattr(script.Trainer, "report", look)
+    monkeypatch.setattr(runs.Alarm, "due", lambda alarm: alarm.seconds == 60)
+    monkeypatch.setattr(
+        script.Trainer,
+        "save_last",
+        lambda self, save=script.Trainer.save_last: (
+            save(self),
+            seen.append(runs.load_checkpoint(self.folder / "last.pt")["position"]["step"]),
+        ),
+    )
+    train(tmp_path, "--steps", 11, "--save-every", 1)
+    assert [entry for entry in seen if isinstance(entry, tuple)] == [(1, True), (2, True), (3, True)]
+    assert [entry for entry in seen if isinstance(entry, int)] == [*range(1, 12), 11]
 
 
 def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path):

@@ -35,7 +35,8 @@ MARKS = (0, 50, 100, 200, 300, 400, 500, 1000, 2000, 5000)
 @torch.no_grad()
 def final_memory(model: NthFarthestModel, inputs: Tensor) -> Tensor:
     """What the core hands to the output layers, (B, features)."""
-    return model.core(model.scaled(inputs), model.initial_memory(len(inputs)))[0]
+    pieces = model.scaled(inputs).split(1000)
+    return torch.cat([model.core(piece, model.initial_memory(len(piece)))[0] for piece in pieces])
 
 
 def vector_share(model: NthFarthestModel, examples: int = 2000) -> float:
@@ -57,9 +58,10 @@ def slots_apart(model: NthFarthestModel, examples: int = 2000) -> float:
     return (difference.var(dim=0).mean() / memory.var(dim=0).mean()).item()
 
 
-def decodable(model: NthFarthestModel, examples: int = 4000) -> float:
+def decodable(model: NthFarthestModel) -> float:
     """Mean R squared of a ridge regression from the final memory to the vectors, ordered by label."""
     K, D = model.num_vectors, model.num_dims
+    examples = max(4000, 6 * model.core.output_size)
     inputs, _ = make_batch(examples, K, D, torch.Generator().manual_seed(5))
     positions = inputs[..., D : D + K].argmax(dim=1)  # (B, K): where each label is
     vectors = inputs[..., :D].gather(1, positions.unsqueeze(2).expand(-1, -1, D)).flatten(1).double()
