@@ -416,6 +416,8 @@ def write_arguments(
 
 def note_resume(folder: Path, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Brings args.json up to date when a run goes on: its arguments as they are now; when, how, on what."""
+    for leftover in folder.glob(".*.tmp"):  # of a write that was killed half-way
+        leftover.unlink(missing_ok=True)
     record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     record["arguments"] = {**vars(args), "resume": None}
     record.setdefault("resumed", []).append(

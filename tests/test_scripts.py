@@ -540,3 +540,33 @@ def test_ctrl_c_as_a_shell_sees_it(corpus_folder, tmp_path):
     assert "test loss" in output and "--resume runs/" in output
     (folder,) = (tmp_path / "runs").iterdir()
     assert json.loads((folder / "args.json").read_text())["command_line"][:2] == SIZES[train_rnn][:2]
+
+
+def test_killed_while_it_saves_nothing_is_lost(corpus_folder, tmp_path):
+    """Saving at every step, killed without warning: what is left resumes to the same end, bit for bit."""
+    flags = [*SIZES[train_rnn], *LOOP, "--data", str(corpus_folder), "--epochs", "4"]
+    assert train_rnn.main([*flags, "--runs-folder", str(tmp_path / "whole"), "--name", "run"]) == 0
+    arguments = ["--runs-folder", str(tmp_path / "killed"), "--name", "run", "--save-every", "0.000001"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_rnn.py"), *flags, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 2"):
+                break
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    assert 0 < runs.load_checkpoint(killed / "last.pt")["position"]["step"] < 4 * STEPS
+    (killed / ".last.pt.left.tmp").write_bytes(b"half a checkpoint")
+    assert train_rnn.main(["--resume", str(killed), "--save-every", "0"]) == 0
+    assert sorted(os.listdir(killed)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
+    assert_same_checkpoint(whole / "last.pt", killed / "last.pt")
+    assert_same_checkpoint(whole / "best.pt", killed / "best.pt")
+    assert numbers(whole) == numbers(killed)
