@@ -399,7 +399,7 @@ class Trainer:
             accuracy=accuracy,
             test_accuracy=test_accuracy,
             grad_norm=grad_norm,
-            lr=learning_rate(at.step, args),
+            lr=float(f"{self.lr.item():.6g}"),  # as the optimiser had it, in float32
             examples_per_second=round(speed, 1),
             seconds=round(at.seconds, 3),
         )
