@@ -203,7 +203,7 @@ def count_correct(model: nn.Module, inputs: Tensor, targets: Tensor, batch_size:
 
 def accuracy_by_rank(correct: Tensor, n: Tensor, num_vectors: int) -> list[float]:
     """Accuracy for each n from 0 (the farthest) to K - 1 (m itself); NaN where no example asks for it."""
-    return [correct[n == rank].float().mean().item() for rank in range(num_vectors)]
+    return [correct[n == rank].double().mean().item() for rank in range(num_vectors)]
 
 
 def loss_and_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

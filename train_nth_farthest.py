@@ -432,7 +432,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             correct = count_correct(self.model, inputs, targets, self.args.batch_size)
         self.model.train()
-        return correct.float().mean().item()
+        return correct.double().mean().item()
 
     def update_clock(self) -> None:
         """Adds the time since the last call to the run's seconds."""
@@ -566,7 +566,7 @@ def final_report(folder: Path, args: argparse.Namespace, device: torch.device) -
     inputs, targets = fixed_test_set(args, FINAL_TEST_SEED, FINAL_TEST_FACTOR * args.test_examples, device)
     correct = count_correct(model, inputs, targets, args.batch_size)
     by_rank = accuracy_by_rank(correct, question_of(inputs, args.num_vectors)[0], args.num_vectors)
-    accuracy, step = correct.float().mean().item(), checkpoint["scores"]["step"]
+    accuracy, step = correct.double().mean().item(), checkpoint["scores"]["step"]
     say(f"best model (step {step:,}): accuracy {accuracy:.2%} on {len(targets):,} fresh examples; by n:")
     for rank, score in enumerate(by_rank):
         note = "  the farthest" if rank == 0 else "  m itself" if rank == args.num_vectors - 1 else ""
