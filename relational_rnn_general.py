@@ -26,6 +26,7 @@ parameter depends on mem_slots, and permuting the slots of the memory permutes t
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -244,8 +245,8 @@ class RelationalMemory(nn.Module):
             self.mem_slots, self.input_rows, self.num_heads, self.key_size, self.head_size, self.num_blocks,
             self.attention_mlp_layers, self.gate_style,
         )
-        qkv_in, gate_in, rows = self._hoist(inputs.transpose(0, 1))
         weights = self._scan_weights(autocast)
+        qkv_in, gate_in, rows = self._hoist(inputs.transpose(0, 1).contiguous(), weights)
         with torch.autocast(device, enabled=False):
             if autocast is not None:             # the memory, norms, softmax and gates stay in full precision
                 memory = memory.float()
@@ -256,12 +257,12 @@ class RelationalMemory(nn.Module):
             ):
                 memories, last = _Scan.apply(shape, memory, qkv_in, gate_in, rows, *flat)
             else:
-                stacks = _Stacks(shape, memory, 0, wanted=False)
-                memories = _scan(shape, weights, memory, qkv_in, gate_in, rows, stacks, tape=None)
+                tapes = [_NoTape()] * (self.num_blocks + 1)
+                memories = _scan(shape, weights, memory, qkv_in, gate_in, rows, tapes)
                 last = memories[-1].clone()
         return memories.flatten(2).transpose(0, 1), last, memories[-2] if len(memories) > 1 else memory
 
-    def _hoist(self, inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _hoist(self, inputs: Tensor, weights: "_Weights") -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What depends on the inputs (T, B, M, input_size) alone, for all time steps at once.
 
         Returns:
@@ -285,7 +286,8 @@ class RelationalMemory(nn.Module):
         else:
             rows = self.input_projection(inputs)
             folded_qkv = qkv(rows)
-        qkv_in = block.qkv_norm(folded_qkv)
+        first = weights.blocks[0]
+        qkv_in = F.layer_norm(folded_qkv, folded_qkv.shape[-1:], first.qkv_gain, first.qkv_shift, NORM_EPSILON)
         if self.gate_style is None:
             return qkv_in, None, rows if self.num_blocks > 1 else None
         weight, bias = self.input_gate_projection.weight, self.input_gate_projection.bias
@@ -306,11 +308,17 @@ class RelationalMemory(nn.Module):
         def matrix(linear: nn.Linear) -> Tensor:
             return linear.weight if autocast is None else linear.weight.to(autocast)
 
+        # The scores' factor 1 / sqrt(K) goes into the queries' norm: once per window, not once per step.
+        head = self.input_projection.weight.new_ones(2 * self.key_size + self.head_size)
+        head[: self.key_size] = self.key_size**-0.5
+        factor = head.repeat(self.num_heads)
         blocks = [
             _BlockWeights(
                 matrix(block.qkv_projection),
                 block.qkv_projection.bias,
-                *(p for norm in block.norms() for p in (norm.weight, norm.bias)),
+                block.qkv_norm.weight * factor,
+                block.qkv_norm.bias * factor,
+                *(p for norm in (block.attention_norm, block.mlp_norm) for p in (norm.weight, norm.bias)),
             )
             for block in self.blocks
         ]
@@ -491,6 +499,19 @@ class _Shape(NamedTuple):
     gate_style: str | None
 
     @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Features of one head's query, key and value."""
+        return self.key_size, self.key_size, self.head_size
+
+    def rows_before(self, index: int) -> int:
+        """Rows that block `index` projects; in the first one the input rows' part is hoisted."""
+        return self.slots if index == 0 else self.slots + self.input_rows
+
+    def rows_after(self, index: int) -> int:
+        """Rows that go on from block `index`: memory and input rows, but for the last block the memory alone."""
+        return self.slots if index + 1 == self.blocks else self.slots + self.input_rows
+
+    @property
     def pair(self) -> bool:
         """One memory row, one input row, one block: attention over two keys needs no matrix product."""
         return self.slots == self.input_rows == self.blocks == 1
@@ -530,48 +551,56 @@ class _Weights(NamedTuple):
         return *(w for block in self.blocks for w in block), *(w for layer in self.mlp for w in layer), *gate
 
 
-class _BlockTape(NamedTuple):
-    """What one block of one step leaves for the backward pass: S rows projected, Q rows sent to the MLP."""
+class _Tape:
+    """What one part of the core (a block, or the gates) leaves at every time step for the backward pass.
 
-    inputs: Tensor | None        # (B * S, D), what was projected; None in the first block, where it is the memory
-    projected: Tensor            # (B * S, F) before its norm, F = H * (2K + V)
-    projected_stats: Any         # mean and inverse deviation of each row, (B * S, 1) each
-    attention: Any               # what the attention's backward pass needs
-    residual: Tensor             # (B * Q, D) before the norm after attention
-    residual_stats: Any
-    mlp_inputs: Any              # the input of each MLP layer, (B * Q, D)
-    summed: Tensor               # (B * Q, D) before the norm after the MLP
-    summed_stats: Any
-
-
-class _StepTape(NamedTuple):
-    """What one step leaves for the backward pass; the gate fields are None without gates."""
-
-    blocks: Any                  # a _BlockTape per block
-    candidate: Tensor | None     # after its tanh, (B, N, D)
-    squashed: Tensor | None      # tanh(memory), (B, N, D)
-    gates: Tensor | None         # after the sigmoid, (B, N, G)
-
-
-class _Stacks:
-    """Inputs of the recurrent linear layers at all steps, (T, rows, features) each, for one product over them.
-
-    Where a product per step is to be used instead (`wanted` False), every stack is None.
+    tracks: by name, one tensor per time step.
+    stacks: by name, the tracks that are views of one tensor (T, rows, features): inputs of linear layers, laid out so
+        that the gradient of the layer's weight is one product over all time steps.
     """
 
-    def __init__(self, shape: _Shape, like: Tensor, steps: int, wanted: bool):
-        batch, slots, width = like.shape
+    def __init__(self, stacks: Mapping[str, Tensor] = MappingProxyType({})):
+        self.stacks = dict(stacks)
+        self.tracks: dict[str, Any] = {name: stack.unbind(0) for name, stack in stacks.items()}
 
-        def stack(rows: int) -> Tensor | None:
-            return like.new_empty(steps, batch * rows, width) if wanted else None
+    def slot(self, name: str, t: int) -> Tensor | None:
+        """Where step t of a stacked track is to be written; None, for a fresh tensor, if it is not stacked."""
+        return self.tracks[name][t] if name in self.stacks else None
 
-        every = slots + shape.input_rows
-        self.block_inputs = [stack(every) if index > 0 else None for index in range(shape.blocks)]
-        self.mlp_inputs = [
-            [stack(slots if index + 1 == shape.blocks else every) for _ in range(shape.mlp_layers)]
-            for index in range(shape.blocks)
-        ]
-        self.squashed = stack(slots) if shape.gate_style else None
+    def keep(self, **tensors: Tensor) -> None:
+        """Append one time step to the tracks that are not stacked."""
+        for name, tensor in tensors.items():
+            if name not in self.stacks:
+                self.tracks.setdefault(name, []).append(tensor)
+
+    def pack(self) -> tuple[list[Tensor], tuple[list[str], list[str], int]]:
+        """All tensors in one list, and what unpack() needs beside it."""
+        single = [name for name in self.tracks if name not in self.stacks]
+        tensors = list(self.stacks.values())
+        for name in single:
+            tensors.extend(self.tracks[name])
+        return tensors, (list(self.stacks), single, len(self.tracks[single[0]]) if single else 0)
+
+    def at(self, t: int) -> dict[str, Tensor]:
+        """All tracks at step t."""
+        return {name: track[t] for name, track in self.tracks.items()}
+
+    @classmethod
+    def unpack(cls, tensors: Sequence[Tensor], layout: tuple[list[str], list[str], int]) -> "_Tape":
+        """Undo pack()."""
+        stacked, single, steps = layout
+        tape = cls(dict(zip(stacked, tensors, strict=False)))
+        for index, name in enumerate(single):
+            start = len(stacked) + index * steps
+            tape.tracks[name] = tensors[start : start + steps]
+        return tape
+
+
+class _NoTape(_Tape):
+    """Keeps nothing: for runs without a backward pass."""
+
+    def keep(self, **tensors: Tensor) -> None:
+        pass
 
 
 class _Scan(torch.autograd.Function):
@@ -586,14 +615,14 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, shape, memory, qkv_in, gate_in, rows, *flat):
         weights = _Weights.group(shape, flat)
         steps, batch = qkv_in.shape[:2]
-        stacks = _Stacks(shape, memory, steps, batch * (shape.slots + shape.input_rows) <= DEFERRED_ROWS)
-        tape: list[_StepTape] = []
-        memories = _scan(shape, weights, memory, qkv_in, gate_in, rows, stacks, tape)
-        ctx.shape = shape
+        deferred = batch * (shape.slots + shape.input_rows) <= DEFERRED_ROWS
+        tapes = _make_tapes(shape, memory, steps if deferred else 0)
+        memories = _scan(shape, weights, memory, qkv_in, gate_in, rows, tapes)
         # Everything through save_for_backward, which lets go of it as soon as the backward pass is over.
-        saved: list[Tensor] = []
-        ctx.layout = _pack((weights.flatten(), memory, qkv_in, memories, vars(stacks), tape), saved)
-        ctx.save_for_backward(*saved)
+        packed = [tape.pack() for tape in tapes]
+        ctx.shape, ctx.deferred = shape, deferred
+        ctx.layouts = [(len(tensors), layout) for tensors, layout in packed]
+        ctx.save_for_backward(memory, qkv_in, memories, *flat, *(x for tensors, _ in packed for x in tensors))
         ctx.set_materialize_grads(False)
         return memories, memories[-1].clone()
 
@@ -604,246 +633,219 @@ class _Scan(torch.autograd.Function):
                 "the fast path of RelationalMemory has no second derivative; set core.fast = False to use the "
                 "plain step, which has derivatives of any order"
             )
-        flat, memory, qkv_in, memories, stacks, tape = _unpack(ctx.layout, ctx.saved_tensors)
-        weights = _Weights.group(ctx.shape, flat)
+        memory, qkv_in, memories, *rest = ctx.saved_tensors
+        end, tapes = len(rest), []
+        for count, layout in reversed(ctx.layouts):
+            tapes.insert(0, _Tape.unpack(rest[end - count : end], layout))
+            end -= count
+        weights = _Weights.group(ctx.shape, rest[:end])
         with torch.autocast(memory.device.type, enabled=False):
-            return None, *_scan_backward(
-                ctx.shape, weights, stacks, tape, memory, qkv_in, memories, grad_memories, grad_last
+            gradients = _scan_backward(
+                ctx.shape, weights, tapes, ctx.deferred, memory, qkv_in, memories, grad_memories, grad_last
             )
+        return None, *gradients
 
 
-def _pack(tree: Any, tensors: list[Tensor]) -> Any:
-    """Move the tensors of nested containers to a list; each leaves its index behind."""
-    if isinstance(tree, Tensor):
-        tensors.append(tree)
-        return len(tensors) - 1
-    if isinstance(tree, dict):
-        return {key: _pack(value, tensors) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        children = [_pack(value, tensors) for value in tree]
-        return type(tree)(*children) if hasattr(tree, "_fields") else children
-    return None
+def _make_tapes(shape, memory, steps):
+    """One tape per block, and one for the gates. Linear layers' inputs are stacked where steps > 0."""
+    batch, slots, width = memory.shape
+
+    def stacks(rows, names):
+        return {name: memory.new_empty(steps, batch * rows, width) for name in names} if steps else {}
+
+    tapes = []
+    for index in range(shape.blocks):
+        before, after = shape.rows_before(index), shape.rows_after(index)
+        # The first block's input is the memory, which is kept anyway.
+        own = {} if index == 0 else stacks(before, ["inputs"])
+        tapes.append(_Tape(own | stacks(after, [f"mlp{layer}" for layer in range(shape.mlp_layers)])))
+    return [*tapes, _Tape(stacks(slots, ["squashed"] if shape.gate_style else []))]
 
 
-def _unpack(layout: Any, tensors: Sequence[Tensor]) -> Any:
-    """Undo _pack()."""
-    if isinstance(layout, int):
-        return tensors[layout]
-    if isinstance(layout, dict):
-        return {key: _unpack(value, tensors) for key, value in layout.items()}
-    if isinstance(layout, (list, tuple)):
-        children = [_unpack(value, tensors) for value in layout]
-        return type(layout)(*children) if hasattr(layout, "_fields") else children
-    return None
-
-
-def _scan(shape, weights, memory, qkv_in, gate_in, rows, stacks, tape):
-    """The time loop; returns the memories (T, B, N, D). A tape takes what the backward pass needs."""
-    steps = qkv_in.size(0)
-    memories = memory.new_empty(steps, *memory.shape)
-    for t in range(steps):
-        z, blocks = memory, []
+def _scan(shape, weights, memory, qkv_in, gate_in, rows, tapes):
+    """The time loop; returns the memories (T, B, N, D). The tapes take what the backward pass needs."""
+    memories = memory.new_empty(qkv_in.size(0), *memory.shape)
+    given = _given(shape, qkv_in)
+    rows = None if rows is None else rows.unbind(0)
+    gate_in = None if gate_in is None else gate_in.unbind(0)
+    for t, after in enumerate(memories.unbind(0)):
+        z = memory
         for index in range(shape.blocks):
-            given = (qkv_in[t], None if rows is None else rows[t]) if index == 0 else (None, None)
-            z, block_tape = _block(shape, weights, index, z, *given, stacks, t)
-            blocks.append(block_tape)
+            first = index == 0
+            z = _block(
+                shape, weights, index, t, z, given[t] if first else None, rows[t] if rows and first else None,
+                tapes[index],
+            )
         if weights.gate is None:
-            memories[t] = z
-            step_tape = _StepTape(blocks, None, None, None)
+            after.copy_(z)
         else:
             candidate = z.tanh_()
-            squashed = torch.tanh(memory, out=_slot(stacks.squashed, t, memory))
+            slot = tapes[-1].slot("squashed", t)
+            squashed = torch.tanh(memory.view(-1, memory.size(-1)), out=slot)
             gates = _gates(weights.gate, gate_in[t], squashed)
             input_gate, forget_gate = gates.chunk(2, dim=-1)
-            torch.mul(forget_gate, memory, out=memories[t]).addcmul_(input_gate, candidate)
-            step_tape = _StepTape(blocks, candidate, squashed, gates)
-        memory = memories[t]
-        if tape is not None:
-            tape.append(step_tape)
+            torch.mul(forget_gate, memory, out=after).addcmul_(input_gate, candidate)
+            tapes[-1].keep(candidate=candidate, squashed=squashed, gates=gates)
+        memory = after
     return memories
 
 
-def _slot(stack: Tensor | None, t: int, like: Tensor | None = None) -> Tensor | None:
-    """Step t of a stack, in the shape of `like` if given; None where there is no stack: a fresh tensor then."""
-    if stack is None:
-        return None
-    return stack[t] if like is None else stack[t].view(like.shape)
+def _given(shape, qkv_in):
+    """Per time step, what the attention takes of the input rows' queries, keys and values, (T, B, M, F).
 
-
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """inputs @ weight.T + bias; a weight of lower precision (autocast) lowers the product's, not the result's."""
-    if inputs.dtype == weight.dtype:
-        return torch.addmm(bias, inputs, weight.t(), out=out)
-    return torch.add(inputs.to(weight.dtype) @ weight.t(), bias, out=out)
-
-
-def _backward_product(errors: Tensor, weight: Tensor) -> Tensor:
-    """errors @ weight, with the precision of the weight and a result of the errors' type."""
-    return (errors.to(weight.dtype) @ weight).to(errors.dtype)
-
-
-def _norm(inputs: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm over the last axis, with each row's mean and inverse deviation."""
-    return torch.native_layer_norm(inputs, (inputs.size(-1),), gain, shift, NORM_EPSILON)
+    Of one memory row and one input row, the keys and values, (B, H, K) and (B, H, V); else all, (B, H, M, 2K + V).
+    """
+    heads = qkv_in.view(*qkv_in.shape[:3], shape.heads, -1).transpose(2, 3)
+    if not shape.pair:
+        return heads.unbind(0)
+    _, keys, values = heads.squeeze(3).split(shape.qkv_sizes, dim=-1)
+    return list(zip(keys.unbind(0), values.unbind(0), strict=True))
 
 
 def _gates(weight, gate_in, squashed):
-    """Both gates after the sigmoid, (B, N, G), from the hoisted part (B, G) and tanh(memory) (B, N, D)."""
-    if squashed.size(1) == 1:
-        return _linear(squashed.flatten(0, 1), weight, gate_in).sigmoid_().unsqueeze(1)
-    from_memory = squashed.flatten(0, 1).to(weight.dtype) @ weight.t()
-    return (from_memory.unflatten(0, squashed.shape[:2]) + gate_in.unsqueeze(1)).sigmoid_()
+    """Both gates after the sigmoid, (B, N, G), from the hoisted part (B, G) and tanh(memory) (B * N, D)."""
+    if squashed.size(0) == gate_in.size(0):
+        return _linear(squashed, weight, gate_in).sigmoid_().unsqueeze(1)
+    from_memory = _product(squashed, weight.t()).view(gate_in.size(0), -1, gate_in.size(1))
+    return from_memory.add_(gate_in.unsqueeze(1)).sigmoid_()
 
 
-def _block(shape, weights, index, z, given, rows, stacks, t):
-    """One attention block; (B, S, D) -> (B, Q, D) and what its backward pass needs.
+def _block(shape, weights, index, t, z, given, rows, tape):
+    """One attention block at step t, (B, S, D) -> (B, Q, D).
 
-    z holds the rows to be projected here. In the first block that is the memory: the input rows' queries, keys
-    and values are `given` (B, M, F), and the rows themselves, if they go on, are `rows` (B, M, D). In later
+    z holds the rows to be projected here. In the first block that is the memory: of the input rows, what the
+    attention needs is `given` (see _given), and the rows themselves, if they go on, are `rows` (B, M, D). In later
     blocks it is all rows.
     """
     block = weights.blocks[index]
     batch, _, width = z.shape
-    queries = shape.slots if index + 1 == shape.blocks else shape.slots + shape.input_rows
-    inputs = z.flatten(0, 1)
-    projected = _linear(inputs, block.qkv, block.qkv_bias)
-    normed, *projected_stats = _norm(projected, block.qkv_gain, block.qkv_shift)
-    if shape.pair:
-        update, attention = _attend_pair(shape, normed, given)
-    else:
-        update, attention = _attend_rows(shape, normed, given, batch, queries)
+    queries = shape.rows_after(index)
+    if index > 0:
+        slot = tape.slot("inputs", t)
+        z = z if slot is None else slot.copy_(z.view(-1, width)).view_as(z)
+        tape.keep(inputs=z.view(-1, width))
+    projected = _linear(z.view(-1, width), block.qkv, block.qkv_bias)
+    normed, *qkv_stats = _norm(projected, block.qkv_gain, block.qkv_shift)
+    attend = _attend_pair if shape.pair else _attend_rows
+    update = attend(shape, normed.view(batch, -1, shape.heads, sum(shape.qkv_sizes)), given, queries, tape)
     carried = z if rows is None else torch.cat([z, rows], dim=1)
-    residual = z.new_empty(batch, queries, shape.heads, shape.head_size)
-    torch.add(carried[:, :queries].view_as(residual), update, out=residual)
-    residual = residual.view(batch * queries, width)
-    attended, *residual_stats = _norm(residual, block.attention_gain, block.attention_shift)
-    mlp_inputs = []
-    hidden = attended
+    residual = z.new_empty(update.shape)
+    torch.add(carried[:, :queries].view_as(update), update, out=residual)
+    residual = residual.view(-1, width)
+    attended, *attention_stats = _norm(residual, block.attention_gain, block.attention_shift)
+    slot = tape.slot("mlp0", t)
+    hidden = attended if slot is None else slot.copy_(attended)
     for layer, (weight, bias) in enumerate(weights.mlp):
-        stack = stacks.mlp_inputs[index][layer]
         if layer > 0:
             hidden = hidden.relu_()
-        elif stack is not None:
-            hidden = stack[t].copy_(hidden)
-        mlp_inputs.append(hidden)
-        following = stacks.mlp_inputs[index][layer + 1] if layer + 1 < shape.mlp_layers else None
-        hidden = _linear(hidden, weight, bias, out=_slot(following, t))
+        tape.keep(**{f"mlp{layer}": hidden})
+        hidden = _linear(hidden, weight, bias, out=tape.slot(f"mlp{layer + 1}", t))
     summed = hidden.add_(attended)
-    z, *summed_stats = _norm(summed, block.mlp_gain, block.mlp_shift)
-    if index + 1 < shape.blocks and stacks.block_inputs[index + 1] is not None:
-        z = stacks.block_inputs[index + 1][t].copy_(z)
-    tape = _BlockTape(
-        None if index == 0 else inputs,
-        projected,
-        projected_stats,
-        attention,
-        residual,
-        residual_stats,
-        mlp_inputs,
-        summed,
-        summed_stats,
+    z, *mlp_stats = _norm(summed, block.mlp_gain, block.mlp_shift)
+    tape.keep(
+        projected=projected, qkv_mean=qkv_stats[0], qkv_scale=qkv_stats[1],
+        residual=residual, attention_mean=attention_stats[0], attention_scale=attention_stats[1],
+        summed=summed, mlp_mean=mlp_stats[0], mlp_scale=mlp_stats[1],
     )
-    return z.view(batch, queries, width), tape
+    return z.view(batch, queries, width)
 
 
-def _attend_pair(shape, normed, given):
+def _attend_pair(shape, own, given, queries, tape):
     """One memory row attends over itself and one input row: softmax over two scores is a sigmoid.
 
-    normed (B, F) and given (B, 1, F) are the two rows' queries, keys and values; returns (B, 1, H, V) and
-    what the backward pass needs.
+    own (B, 1, H, 2K + V) has the memory row's queries, keys and values, given the input row's keys and values.
+    Returns the update (B, 1, H, V).
     """
-    own = normed.unflatten(-1, (shape.heads, -1))                                       # (B, H, 2K + V)
-    other = given.squeeze(1).unflatten(-1, (shape.heads, -1))
-    key, value = shape.key_size, 2 * shape.key_size
-    key_difference = own[..., key:value] - other[..., key:value]
-    value_difference = own[..., value:] - other[..., value:]
-    score = (own[..., :key] * key_difference).sum(-1, keepdim=True)
-    own_weight = score.mul_(key**-0.5).sigmoid_()                                       # (B, H, 1)
-    update = torch.addcmul(other[..., value:], own_weight, value_difference)
-    return update.unsqueeze(1), (own, key_difference, value_difference, own_weight)
+    query, key, value = own.squeeze(1).split(shape.qkv_sizes, dim=-1)
+    key_difference = key - given[0]
+    value_difference = value - given[1]
+    own_weight = (query * key_difference).sum(-1, keepdim=True).sigmoid_()              # (B, H, 1)
+    tape.keep(query=query, key_difference=key_difference, value_difference=value_difference, own_weight=own_weight)
+    return torch.addcmul(given[1], own_weight, value_difference).unsqueeze(1)
 
 
-def _attend_pair_backward(shape, saved, grad_update):
-    """Gradients by both rows' queries, keys and values, (B, F) each, from grad_update (B, 1, D)."""
-    own, key_difference, value_difference, own_weight = saved
-    key, value = shape.key_size, 2 * shape.key_size
+def _attend_pair_backward(shape, kept, grad_update, grad_given):
+    """Gradient by the memory row's queries, keys and values, (B, F), from grad_update (B, 1, D).
+
+    The input row's are written to grad_given, as _given lays them out.
+    """
+    key_difference, value_difference = kept["key_difference"], kept["value_difference"]
     grad_update = grad_update.view_as(value_difference)
     grad_score = (grad_update * value_difference).sum(-1, keepdim=True)
-    grad_score = _sigmoid_backward(grad_score, own_weight).mul_(key**-0.5)
-    grad_own, grad_other = torch.empty_like(own), torch.empty_like(own)
-    torch.mul(grad_score, key_difference, out=grad_own[..., :key])
-    torch.mul(grad_score, own[..., :key], out=grad_own[..., key:value])
-    torch.mul(grad_update, own_weight, out=grad_own[..., value:])
-    grad_other[..., :key] = 0                                                          # its query is not used
-    torch.neg(grad_own[..., key:value], out=grad_other[..., key:value])
-    torch.sub(grad_update, grad_own[..., value:], out=grad_other[..., value:])
-    return grad_own.flatten(1), grad_other.flatten(1)
+    grad_score = _sigmoid_backward(grad_score, kept["own_weight"])
+    grad_own = grad_update.new_empty(*grad_update.shape[:2], sum(shape.qkv_sizes))
+    grad_query, grad_key, grad_value = grad_own.split(shape.qkv_sizes, dim=-1)
+    torch.mul(grad_score, key_difference, out=grad_query)
+    torch.mul(grad_score, kept["query"], out=grad_key)
+    torch.mul(grad_update, kept["own_weight"], out=grad_value)
+    torch.neg(grad_key, out=grad_given[0])
+    torch.sub(grad_update, grad_value, out=grad_given[1])
+    return grad_own.view(grad_own.size(0), -1)
 
 
-def _attend_rows(shape, normed, given, batch, queries):
-    """The first Q rows attend over all R rows.
+def _attend_rows(shape, own, given, queries, tape):
+    """The first Q rows attend over all R rows; returns the update (B, Q, H, V), as a view.
 
-    normed (B * S, F) and given (B, M, F), or None, are the rows' queries, keys and values; returns
-    (B, Q, H, V) and what the backward pass needs.
+    own (B, S, H, 2K + V) and given (B, H, M, 2K + V), or None, are the rows' queries, keys and values.
     """
-    normed = normed.unflatten(-1, (shape.heads, -1)).unflatten(0, (batch, -1))          # (B, S, H, 2K + V)
-    own, others = normed.size(1), 0 if given is None else given.size(1)
-    qkv = normed.new_empty(batch, shape.heads, own + others, normed.size(-1))   # heads apart for the products
-    qkv[:, :, :own] = normed.transpose(1, 2)
-    if given is not None:
-        qkv[:, :, own:] = given.unflatten(-1, (shape.heads, -1)).transpose(1, 2)
-    qkv = qkv.flatten(0, 1)                                                             # (B * H, R, 2K + V)
-    query, key, value = qkv.split([shape.key_size, shape.key_size, shape.head_size], dim=-1)
-    scores = torch.bmm(query[:, :queries], key.transpose(1, 2)).mul_(shape.key_size**-0.5)
-    weights = torch.softmax(scores, dim=-1)                                             # (B * H, Q, R)
-    update = torch.bmm(weights, value).unflatten(0, (batch, shape.heads))
-    return update.transpose(1, 2), (qkv, weights)
+    own = own.transpose(1, 2)
+    qkv = own.contiguous() if given is None else torch.cat([own, given], dim=2)         # (B, H, R, 2K + V)
+    qkv = qkv.view(-1, *qkv.shape[2:])
+    query, key, value = qkv.split(shape.qkv_sizes, dim=-1)
+    weights = torch.bmm(query[:, :queries], key.transpose(1, 2)).softmax(dim=-1)        # (B * H, Q, R)
+    tape.keep(qkv=qkv, weights=weights)
+    return torch.bmm(weights, value).view(*own.shape[:2], queries, -1).transpose(1, 2)
 
 
-def _attend_rows_backward(shape, saved, grad_update):
-    """Gradient by all rows' queries, keys and values, (B, R, F), as a view; grad_update (B, Q, D)."""
-    qkv, weights = saved
-    batch, queries = grad_update.shape[:2]
-    sizes = [shape.key_size, shape.key_size, shape.head_size]
-    query, key, value = qkv.split(sizes, dim=-1)
-    grad_update = grad_update.unflatten(-1, (shape.heads, -1)).transpose(1, 2).flatten(0, 1)   # (B * H, Q, V)
+def _attend_rows_backward(shape, kept, grad_update, grad_given):
+    """Gradient by the S projected rows' queries, keys and values, (B * S, F), from grad_update (B, Q, D).
+
+    The given rows' are written to grad_given (B, H, M, 2K + V), if it is not None.
+    """
+    qkv, weights = kept["qkv"], kept["weights"]
+    batch, queries, width = grad_update.shape
+    query, key, value = qkv.split(shape.qkv_sizes, dim=-1)
+    grad_update = grad_update.view(batch, queries, shape.heads, -1).transpose(1, 2).reshape(-1, queries, value.size(-1))
     grad_weights = torch.bmm(grad_update, value.transpose(1, 2))
     grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    grad_scores = grad_scores.mul_(shape.key_size**-0.5)
-    grad_qkv = torch.empty_like(qkv)
-    grad_query, grad_key, grad_value = grad_qkv.split(sizes, dim=-1)
-    grad_query[:, :queries] = torch.bmm(grad_scores, key)
-    grad_query[:, queries:] = 0
-    grad_key.copy_(torch.bmm(grad_scores.transpose(1, 2), query[:, :queries]))
-    grad_value.copy_(torch.bmm(weights.transpose(1, 2), grad_update))
-    return grad_qkv.unflatten(0, (batch, shape.heads)).transpose(1, 2).flatten(2)
+    grad_query = torch.bmm(grad_scores, key)
+    if queries < qkv.size(1):
+        grad_query = F.pad(grad_query, (0, 0, 0, qkv.size(1) - queries))                # the others' are not used
+    grad_key = torch.bmm(grad_scores.transpose(1, 2), query[:, :queries])
+    grad_value = torch.bmm(weights.transpose(1, 2), grad_update)
+    grad_qkv = torch.cat([grad_query, grad_key, grad_value], dim=-1).view(batch, shape.heads, -1, qkv.size(-1))
+    if grad_given is not None:
+        grad_qkv, others = grad_qkv.split([grad_qkv.size(2) - grad_given.size(2), grad_given.size(2)], dim=2)
+        grad_given.copy_(others)
+    return grad_qkv.transpose(1, 2).reshape(-1, sum(shape.qkv_sizes) * shape.heads)
 
 
 class _LinearGradient:
     """Gradient of one linear layer's weight and bias, summed over the time steps.
 
-    With a stack for the errors, they are kept and multiplied with the inputs of all steps once, at the end:
-    with few rows per step, a product at every step would spend its time on reading and writing the whole gradient. Without
-    a stack, each step's product is added at once: with many rows that costs no more, and needs no memory for
-    the errors.
+    With a stack for the errors, they are kept and multiplied with the inputs of all steps once, at the end: with few
+    rows per step, a product at every step would spend its time on reading and writing the whole gradient. Without a
+    stack, each step's product is added at once: with many rows that costs no more, and needs no memory for the errors.
     """
 
     def __init__(self, weight: Tensor, stack: Tensor | None):
         self.weight, self.stack = weight, stack
+        self.slots = None if stack is None else stack.unbind(0)
         self.weight_grad = self.bias_grad = None
+
+    def slot(self, t: int) -> Tensor | None:
+        """Where the errors of step t may be written at once; None if they are not kept."""
+        return None if self.slots is None else self.slots[t]
 
     def add(self, t: int, errors: Tensor, inputs: Tensor) -> None:
         """errors (rows, out), the gradient by the layer's output at step t, and inputs (rows, in)."""
-        if self.stack is None:
-            self._accumulate(errors, inputs)
-        elif errors.data_ptr() != self.stack[t].data_ptr():                        # else it was made in place
-            self.stack[t].copy_(errors)
+        if self.slots is None:
+            self.accumulate(errors, inputs)
+        elif errors is not self.slots[t]:
+            self.slots[t].copy_(errors)
 
-    def add_stack(self, steps: slice, inputs: Tensor) -> None:
-        """The product over the given steps; inputs (steps, rows, in)."""
-        self._accumulate(self.stack[steps].flatten(0, 1), inputs.flatten(0, 1))
-
-    def _accumulate(self, errors: Tensor, inputs: Tensor) -> None:
+    def accumulate(self, errors: Tensor, inputs: Tensor) -> None:
+        """Add what these rows give."""
         transposed, factor = errors.t().to(self.weight.dtype), inputs.to(self.weight.dtype)
         if self.weight_grad is None:
             self.weight_grad, self.bias_grad = transposed @ factor, errors.sum(0)
@@ -855,124 +857,118 @@ class _LinearGradient:
 class _NormGradient:
     """Gradient of one layer norm's gain and shift, summed over the time steps."""
 
-    def __init__(self, gain: Tensor, shift: Tensor):
+    def __init__(self, gain: Tensor, shift: Tensor, name: str):
         self.gain, self.shift = gain, shift
-        self.gain_grad, self.shift_grad = torch.zeros_like(gain), torch.zeros_like(shift)
+        self.mean, self.scale = f"{name}_mean", f"{name}_scale"
+        self.gain_grads: list[Tensor] = []
+        self.shift_grads: list[Tensor] = []
 
-    def backward(self, grad: Tensor, inputs: Tensor, stats: Sequence[Tensor]) -> Tensor:
-        """Gradient by the norm's input; what this step gives to gain and shift is added to theirs."""
+    def backward(self, grad: Tensor, inputs: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+        """Gradient by the norm's input; what this step gives to gain and shift is noted."""
         grad_inputs, grad_gain, grad_shift = torch.ops.aten.native_layer_norm_backward(
-            grad, inputs, (inputs.size(-1),), *stats, self.gain, self.shift, (True, True, True)
+            grad, inputs, (inputs.size(-1),), kept[self.mean], kept[self.scale], self.gain, self.shift, _ALL_THREE
         )
-        self.gain_grad += grad_gain
-        self.shift_grad += grad_shift
+        self.gain_grads.append(grad_gain)
+        self.shift_grads.append(grad_shift)
         return grad_inputs
 
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The sums over the time steps."""
+        return torch.stack(self.gain_grads).sum(0), torch.stack(self.shift_grads).sum(0)
 
-def _scan_backward(shape, weights, stacks, tape, memory, qkv_in, memories, grad_memories, grad_last):
+
+_ALL_THREE = (True, True, True)         # gradients by input, gain and shift
+
+
+def _scan_backward(shape, weights, tapes, deferred, memory, qkv_in, memories, grad_memories, grad_last):
     """The time loop backwards; returns gradients by memory, qkv_in, gate_in, rows and the flat weights."""
     steps, batch, slots, width = memories.shape
-    rows_after = [(slots if i + 1 == shape.blocks else slots + shape.input_rows) for i in range(shape.blocks)]
-    rows_before = [slots, *rows_after[:-1]]
-    deferred = stacks["mlp_inputs"][0][0] is not None
 
     def linear_gradient(weight, rows):
         stack = memory.new_empty(steps, batch * rows, weight.size(0)) if deferred else None
         return _LinearGradient(weight, stack)
 
-    qkv_grads = [linear_gradient(weights.blocks[i].qkv, rows_before[i]) for i in range(shape.blocks)]
-    mlp_grads = [[linear_gradient(weight, rows) for weight, _ in weights.mlp] for rows in rows_after]
+    blocks = range(shape.blocks)
+    qkv_grads = [linear_gradient(weights.blocks[index].qkv, shape.rows_before(index)) for index in blocks]
+    mlp_grads = [[linear_gradient(weight, shape.rows_after(index)) for weight, _ in weights.mlp] for index in blocks]
     norm_grads = [
         (
-            _NormGradient(block.qkv_gain, block.qkv_shift),
-            _NormGradient(block.attention_gain, block.attention_shift),
-            _NormGradient(block.mlp_gain, block.mlp_shift),
+            _NormGradient(block.qkv_gain, block.qkv_shift, "qkv"),
+            _NormGradient(block.attention_gain, block.attention_shift, "attention"),
+            _NormGradient(block.mlp_gain, block.mlp_shift, "mlp"),
         )
         for block in weights.blocks
     ]
-    gate_grad = grad_gate_in = None
+    gate_grad = grad_gate_in = grad_rows = None
     if weights.gate is not None:
-        gate_grad = linear_gradient(weights.gate, slots)
         grad_gate_in = memory.new_empty(steps, batch, weights.gate.size(0))
-    grad_qkv_in = torch.empty_like(qkv_in)
-    grad_rows = memory.new_empty(steps, batch, shape.input_rows, width) if shape.blocks > 1 else None
+        # With one slot, the gradient by the gates' hoisted part is that by the memory's part: one tensor for both.
+        gate_grad = linear_gradient(weights.gate, slots) if slots > 1 else _LinearGradient(weights.gate, grad_gate_in)
+    grad_qkv_in = torch.zeros_like(qkv_in)
+    grad_given = _given(shape, grad_qkv_in)
+    if shape.blocks > 1:
+        grad_rows = memory.new_empty(steps, batch, shape.input_rows, width)
 
+    after = memories.unbind(0)
+    grad_after = None if grad_memories is None else grad_memories.unbind(0)
     carry = torch.zeros_like(memory) if grad_last is None else grad_last
     for t in reversed(range(steps)):
-        saved = tape[t]
-        before = memories[t - 1] if t > 0 else memory
-        grad = carry if grad_memories is None else carry + grad_memories[t]
+        before = after[t - 1] if t > 0 else memory
+        grad = carry if grad_after is None else carry + grad_after[t]
         if weights.gate is None:
-            grad_z, carry = grad, torch.zeros_like(memory)
+            grad_z, carry = grad, None
         else:
-            input_gate, forget_gate = saved.gates.chunk(2, dim=-1)
-            grad_gates = _slot(gate_grad.stack, t, saved.gates)
-            if grad_gates is None:
-                grad_gates = torch.empty_like(saved.gates)
+            kept = tapes[-1].at(t)
+            input_gate, forget_gate = kept["gates"].chunk(2, dim=-1)
+            errors = gate_grad.slot(t)
+            if errors is None:
+                errors = memory.new_empty(batch * slots, weights.gate.size(0))
+            grad_gates = errors.view(batch, slots, -1)
             to_input, to_forget = grad_gates.chunk(2, dim=-1)
             if shape.gate_style == "unit":
-                torch.mul(grad, saved.candidate, out=to_input)
+                torch.mul(grad, kept["candidate"], out=to_input)
                 torch.mul(grad, before, out=to_forget)
             else:
-                torch.sum(grad * saved.candidate, dim=-1, keepdim=True, out=to_input)
+                torch.sum(grad * kept["candidate"], dim=-1, keepdim=True, out=to_input)
                 torch.sum(grad * before, dim=-1, keepdim=True, out=to_forget)
-            grad_gates = _sigmoid_backward(grad_gates, saved.gates, out=grad_gates)
-            torch.sum(grad_gates, dim=1, out=grad_gate_in[t])
-            errors = grad_gates.flatten(0, 1)
-            gate_grad.add(t, errors, saved.squashed.flatten(0, 1))
-            grad_squashed = _backward_product(errors, weights.gate).view_as(memory)
-            carry = _tanh_backward(grad_squashed, saved.squashed).addcmul_(grad, forget_gate)
-            grad_z = _tanh_backward(grad * input_gate, saved.candidate)
+            _sigmoid_backward(grad_gates, kept["gates"], out=grad_gates)
+            if slots > 1:
+                torch.sum(grad_gates, dim=1, out=grad_gate_in[t])
+            gate_grad.add(t, errors, kept["squashed"])
+            grad_squashed = _tanh_backward(_product(errors, weights.gate), kept["squashed"])
+            carry = grad_squashed.view_as(memory).addcmul_(grad, forget_gate)
+            grad_z = _tanh_backward(grad * input_gate, kept["candidate"])
 
-        for index in reversed(range(shape.blocks)):
-            block, kept, norms = weights.blocks[index], saved.blocks[index], norm_grads[index]
-            grad_summed = norms[2].backward(grad_z.flatten(0, 1), kept.summed, kept.summed_stats)
+        for index in reversed(blocks):
+            block, kept, norms = weights.blocks[index], tapes[index].at(t), norm_grads[index]
+            grad_summed = norms[2].backward(grad_z.view(-1, width), kept["summed"], kept)
             errors = grad_summed
             for layer in reversed(range(shape.mlp_layers)):
-                mlp_grads[index][layer].add(t, errors, kept.mlp_inputs[layer])
-                errors = _backward_product(errors, weights.mlp[layer][0])
+                inputs = kept[f"mlp{layer}"]
+                mlp_grads[index][layer].add(t, errors, inputs)
+                errors = _product(errors, weights.mlp[layer][0])
                 if layer > 0:
-                    stack = mlp_grads[index][layer - 1].stack
-                    errors = _relu_backward(errors, kept.mlp_inputs[layer], out=_slot(stack, t))
-            grad_residual = norms[1].backward(errors.add_(grad_summed), kept.residual, kept.residual_stats)
-            grad_residual = grad_residual.view(batch, rows_after[index], width)
-            if shape.pair:
-                grad_normed, grad_given = _attend_pair_backward(shape, kept.attention, grad_residual)
-                grad_qkv_in[t, :, 0] = grad_given
-            else:
-                grad_normed = _attend_rows_backward(shape, kept.attention, grad_residual)
-                if index == 0:
-                    grad_qkv_in[t] = grad_normed[:, slots:]
-                    grad_normed = grad_normed[:, :slots]
-                grad_normed = grad_normed.flatten(0, 1)
-            errors = norms[0].backward(grad_normed, kept.projected, kept.projected_stats)
-            qkv_grads[index].add(t, errors, before.flatten(0, 1) if index == 0 else kept.inputs)
-            grad_z = _backward_product(errors, block.qkv).view(batch, rows_before[index], width)
+                    errors = _relu_backward(errors, inputs, out=mlp_grads[index][layer - 1].slot(t))
+            grad_residual = norms[1].backward(errors.add_(grad_summed), kept["residual"], kept)
+            grad_residual = grad_residual.view(batch, -1, width)
+            attend_backward = _attend_pair_backward if shape.pair else _attend_rows_backward
+            grad_normed = attend_backward(shape, kept, grad_residual, grad_given[t] if index == 0 else None)
+            errors = norms[0].backward(grad_normed, kept["projected"], kept)
+            qkv_grads[index].add(t, errors, kept["inputs"] if index > 0 else before.view(-1, width))
+            grad_z = _product(errors, block.qkv).view(batch, -1, width)
             if index > 0:
-                grad_z[:, : rows_after[index]] += grad_residual
+                grad_z[:, : grad_residual.size(1)] += grad_residual
             elif grad_rows is not None:
                 grad_rows[t] = grad_residual[:, slots:]
-        carry = carry.add_(grad_z).add_(grad_residual[:, :slots])
+        grad_z = grad_z.add_(grad_residual[:, :slots])
+        carry = grad_z if carry is None else carry.add_(grad_z)
 
     if deferred:
-        first, later = slice(0, 1), slice(1, steps)
-        qkv_grads[0].add_stack(first, memory.flatten(0, 1).unsqueeze(0))
-        if steps > 1:
-            qkv_grads[0].add_stack(later, memories[:-1].flatten(1, 2))
-        every = slice(0, steps)
-        for index in range(shape.blocks):
-            if index > 0:
-                qkv_grads[index].add_stack(every, stacks["block_inputs"][index])
-            for layer in range(shape.mlp_layers):
-                mlp_grads[index][layer].add_stack(every, stacks["mlp_inputs"][index][layer])
-        if gate_grad is not None:
-            gate_grad.add_stack(every, stacks["squashed"])
-    blocks = [
-        _BlockWeights(
-            linear.weight_grad,
-            linear.bias_grad,
-            *(gradient for norm in norms for gradient in (norm.gain_grad, norm.shift_grad)),
-        )
+        _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_grad)
+    elif gate_grad is not None and slots == 1:
+        gate_grad.accumulate(grad_gate_in.flatten(0, 1), torch.cat(tapes[-1].tracks["squashed"]))
+    gathered = [
+        _BlockWeights(linear.weight_grad, linear.bias_grad, *(g for norm in norms for g in norm.result()))
         for linear, norms in zip(qkv_grads, norm_grads, strict=True)
     ]
     mlp = []
@@ -980,7 +976,45 @@ def _scan_backward(shape, weights, stacks, tape, memory, qkv_in, memories, grad_
         parts = [grads[layer] for grads in mlp_grads]
         mlp.append((sum(part.weight_grad for part in parts), sum(part.bias_grad for part in parts)))
     gate = None if gate_grad is None else gate_grad.weight_grad
-    return carry, grad_qkv_in, grad_gate_in, grad_rows, *_Weights(blocks, mlp, gate).flatten()
+    return carry, grad_qkv_in, grad_gate_in, grad_rows, *_Weights(gathered, mlp, gate).flatten()
+
+
+def _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_grad):
+    """The products over all time steps: kept errors times stacked inputs, for every recurrent weight."""
+
+    def multiply(gradient, inputs, steps=slice(None)):
+        gradient.accumulate(gradient.stack[steps].flatten(0, 1), inputs.flatten(0, -2))
+
+    # The first block's input is the memory before each step: the initial one, then all but the last of the rest.
+    multiply(qkv_grads[0], memory, slice(0, 1))
+    if len(memories) > 1:
+        multiply(qkv_grads[0], memories[:-1], slice(1, None))
+    for index in range(shape.blocks):
+        if index > 0:
+            multiply(qkv_grads[index], tapes[index].stacks["inputs"])
+        for layer in range(shape.mlp_layers):
+            multiply(mlp_grads[index][layer], tapes[index].stacks[f"mlp{layer}"])
+    if gate_grad is not None:
+        multiply(gate_grad, tapes[-1].stacks["squashed"])
+
+
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """inputs @ weight.T + bias; a weight of lower precision (autocast) lowers the product's, not the result's."""
+    if inputs.dtype == weight.dtype:
+        return torch.addmm(bias, inputs, weight.t(), out=out)
+    return torch.add(inputs.to(weight.dtype) @ weight.t(), bias, out=out)
+
+
+def _product(inputs: Tensor, weight: Tensor) -> Tensor:
+    """inputs @ weight, in the precision of the weight; the result is of the inputs' type."""
+    if inputs.dtype == weight.dtype:
+        return torch.mm(inputs, weight)
+    return (inputs.to(weight.dtype) @ weight).to(inputs.dtype)
+
+
+def _norm(inputs: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm over the last axis, with each row's mean and inverse deviation."""
+    return torch.native_layer_norm(inputs, (inputs.size(-1),), gain, shift, NORM_EPSILON)
 
 
 def _sigmoid_backward(grad: Tensor, result: Tensor, out: Tensor | None = None) -> Tensor:
