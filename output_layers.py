@@ -136,12 +136,12 @@ def _two_digits(number: float) -> int:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias) against targets, logits never held whole.
+    """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias), the logits never held whole.
 
-    hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; returns a scalar.
-    The gradients are made in the forward pass, CHUNK_ROWS rows of logits at a time: the logits of the whole window
-    would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks. Under autocast the
-    products are of the lower precision, the softmax and the sums are not.
+    hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; gives a scalar.
+    The gradients are made in the forward pass, CHUNK_ROWS rows of logits at a time: the logits of the whole
+    window would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks. Under
+    autocast the products are of the lower precision, the softmax and the sums are not.
 
     Raises:
         RuntimeError: in the backward pass, when a second derivative is asked for.
@@ -157,7 +157,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         return nats
 
 
-def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def plain_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
     """The readable reference of linear_cross_entropy: all logits at once, gradients by autograd."""
     logits = F.linear(hidden, weight, bias)
     return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
@@ -174,7 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_nats):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "linear_cross_entropy has no second derivative; use plain_linear_cross_entropy where one is needed"
+                "linear_cross_entropy has no second derivative; plain_linear_cross_entropy has one"
             )
         gradients = (None if g is None else g * grad_nats.to(g.dtype) for g in ctx.saved_tensors)
         return *gradients, None
@@ -200,8 +202,8 @@ def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
         scores = torch.log_softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
         nats -= (scores.gather(1, label) * counts).sum()
         if with_gradients:
-            # d nats / d scores = softmax(scores) - onehot(label) in the rows that count. The others are masked on the
-            # side of the hidden vectors, which is so much smaller.
+            # d nats / d scores = softmax(scores) - onehot(label) in the rows that count. The others are masked
+            # on the side of the hidden vectors, which is so much smaller.
             errors = scores.exp_().scatter_add_(1, label, scores.new_full((), -1.0).expand_as(label))
             errors = errors.to(weight.dtype)
             counts = counts.to(weight.dtype)

@@ -45,7 +45,7 @@ class StepDetails(NamedTuple):
 
     input_gate, forget_gate: after the sigmoid, (B, N, D) for gate_style 'unit', (B, N, 1) for 'memory', None
         without gates.
-    attention: per block the attention weights from every row (memory rows first, then input rows), 
+    attention: per block the attention weights from every row (memory rows first, then input rows),
         (B, H, R, R).
     """
 
@@ -171,7 +171,8 @@ class RelationalMemory(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"mem_slots={self.mem_slots}, head_size={self.head_size}, num_heads={self.num_heads}, "
-            f"key_size={self.key_size}, gate_style={self.gate_style!r}, forget_bias={self.forget_bias}, input_bias={self.input_bias}"
+            f"key_size={self.key_size}, gate_style={self.gate_style!r}, forget_bias={self.forget_bias}, "
+            f"input_bias={self.input_bias}"
         )
 
     def initial_state(self, batch_size: int) -> Tensor:
@@ -282,12 +283,12 @@ class RelationalMemory(nn.Module):
         apart = count * (self.input_size * self.mem_size + self.mem_size * after)
         fold = self.num_blocks == 1 and folded < apart
         if fold:
-            folded_qkv = F.linear(inputs, qkv.weight @ weight_in, F.linear(bias_in, qkv.weight, qkv.bias))
+            projected = F.linear(inputs, qkv.weight @ weight_in, F.linear(bias_in, qkv.weight, qkv.bias))
         else:
             rows = self.input_projection(inputs)
-            folded_qkv = qkv(rows)
-        first = weights.blocks[0]
-        qkv_in = F.layer_norm(folded_qkv, folded_qkv.shape[-1:], first.qkv_gain, first.qkv_shift, NORM_EPSILON)
+            projected = qkv(rows)
+        gain, shift = weights.blocks[0].qkv_gain, weights.blocks[0].qkv_shift
+        qkv_in = F.layer_norm(projected, projected.shape[-1:], gain, shift, NORM_EPSILON)
         if self.gate_style is None:
             return qkv_in, None, rows if self.num_blocks > 1 else None
         weight, bias = self.input_gate_projection.weight, self.input_gate_projection.bias
@@ -364,7 +365,7 @@ class RelationalMemory(nn.Module):
         return input_gate * torch.tanh(candidate) + forget_gate * memory            # eq. 7
 
     def _attend(self, block: AttentionBlock, rows: Tensor, attention: list[Tensor] | None) -> Tensor:
-        """One block: the rows (B, R, D) attend to each other (eq. 2, all heads), then each goes through the MLP."""
+        """One block: the rows (B, R, D) attend to each other (eq. 2), then each goes through the MLP."""
         qkv = block.qkv_norm(block.qkv_projection(rows))                            # (B, R, H * (2K + V))
         qkv = qkv.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)               # (B, H, R, 2K + V)
         query, key, value = qkv.split([self.key_size, self.key_size, self.head_size], dim=-1)
@@ -380,7 +381,7 @@ class RelationalMemory(nn.Module):
         return block.mlp_norm(rows + hidden)
 
     def gates(self, rows: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and forget gate, from the projected input rows (B, M, D) and the memory (B, N, D) before the step.
+        """Input and forget gate, from the projected input rows (B, M, D) and the memory before (B, N, D).
 
         Returns:
             Both after the sigmoid: (B, N, D) for gate_style 'unit', (B, N, 1) for 'memory'.
@@ -479,7 +480,7 @@ def _require_integer(name: str, value: int, minimum: int) -> None:
 
 # ----------------------------------------------------------------------------------------------------
 # The fast sequence path: what RelationalMemory._advance computes step by step, arranged for speed.
-#   * What depends on the inputs alone leaves the time loop for a few large products (RelationalMemory._hoist).
+#   * What depends on the inputs alone leaves the time loop for a few large products (_hoist).
 #   * In the last block only the memory rows go on: the input rows give keys and values and nothing else.
 #   * The backward pass is written out. It saves what it needs and no more, and turns the gradient of every
 #     recurrent weight into one product over all time steps instead of T small ones, which each read and write
@@ -508,7 +509,7 @@ class _Shape(NamedTuple):
         return self.slots if index == 0 else self.slots + self.input_rows
 
     def rows_after(self, index: int) -> int:
-        """Rows that go on from block `index`: memory and input rows, but for the last block the memory alone."""
+        """Rows that go on from block `index`: all of them, but from the last block the memory alone."""
         return self.slots if index + 1 == self.blocks else self.slots + self.input_rows
 
     @property
@@ -531,7 +532,7 @@ class _BlockWeights(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """All weights of the scan; gate is the memory's gate projection, its bias is in the hoisted input part."""
+    """All weights of the scan; gate is the memory's gate projection, whose bias is in gate_in."""
 
     blocks: list[_BlockWeights]
     mlp: list[tuple[Tensor, Tensor]]
@@ -555,8 +556,8 @@ class _Tape:
     """What one part of the core (a block, or the gates) leaves at every time step for the backward pass.
 
     tracks: by name, one tensor per time step.
-    stacks: by name, the tracks that are views of one tensor (T, rows, features): inputs of linear layers, laid out so
-        that the gradient of the layer's weight is one product over all time steps.
+    stacks: by name, the tracks that are views of one tensor (T, rows, features): inputs of linear layers,
+        laid out so that the gradient of the layer's weight is one product over all time steps.
     """
 
     def __init__(self, stacks: Mapping[str, Tensor] = MappingProxyType({})):
@@ -564,7 +565,7 @@ class _Tape:
         self.tracks: dict[str, Any] = {name: stack.unbind(0) for name, stack in stacks.items()}
 
     def slot(self, name: str, t: int) -> Tensor | None:
-        """Where step t of a stacked track is to be written; None, for a fresh tensor, if it is not stacked."""
+        """Where step t of a stacked track is to be written; None, for a fresh tensor, if not stacked."""
         return self.tracks[name][t] if name in self.stacks else None
 
     def keep(self, **tensors: Tensor) -> None:
@@ -607,7 +608,7 @@ class _Scan(torch.autograd.Function):
     """All time steps of the core from hoisted input parts, forward and backward pass by hand.
 
     Inputs:  memory (B, N, D); qkv_in (T, B, M, F), normed; gate_in (T, B, G) with all biases, None without
-             gates; rows (T, B, M, D) when there are blocks before the last, else None; then _Weights.flatten().
+             gates; rows (T, B, M, D) if there are blocks before the last, else None; _Weights.flatten().
     Outputs: the memories after every step (T, B, N, D), and the last one again (B, N, D).
     """
 
@@ -630,8 +631,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, grad_memories, grad_last):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the fast path of RelationalMemory has no second derivative; set core.fast = False to use the "
-                "plain step, which has derivatives of any order"
+                "the fast path of RelationalMemory has no second derivative; set core.fast = False to use "
+                "the plain step, which has derivatives of any order"
             )
         memory, qkv_in, memories, *rest = ctx.saved_tensors
         end, tapes = len(rest), []
@@ -693,7 +694,7 @@ def _scan(shape, weights, memory, qkv_in, gate_in, rows, tapes):
 def _given(shape, qkv_in):
     """Per time step, what the attention takes of the input rows' queries, keys and values, (T, B, M, F).
 
-    Of one memory row and one input row, the keys and values, (B, H, K) and (B, H, V); else all, (B, H, M, 2K + V).
+    For the pair, keys (B, H, K) and values (B, H, V); else queries, keys and values, (B, H, M, 2K + V).
     """
     heads = qkv_in.view(*qkv_in.shape[:3], shape.heads, -1).transpose(2, 3)
     if not shape.pair:
@@ -714,8 +715,8 @@ def _block(shape, weights, index, t, z, given, rows, tape):
     """One attention block at step t, (B, S, D) -> (B, Q, D).
 
     z holds the rows to be projected here. In the first block that is the memory: of the input rows, what the
-    attention needs is `given` (see _given), and the rows themselves, if they go on, are `rows` (B, M, D). In later
-    blocks it is all rows.
+    attention needs is `given` (see _given), and the rows themselves, if they go on, are `rows` (B, M, D). In
+    later blocks it is all rows.
     """
     block = weights.blocks[index]
     batch, _, width = z.shape
@@ -753,14 +754,15 @@ def _block(shape, weights, index, t, z, given, rows, tape):
 def _attend_pair(shape, own, given, queries, tape):
     """One memory row attends over itself and one input row: softmax over two scores is a sigmoid.
 
-    own (B, 1, H, 2K + V) has the memory row's queries, keys and values, given the input row's keys and values.
-    Returns the update (B, 1, H, V).
+    own (B, 1, H, 2K + V) has the memory row's queries, keys and values, given the input row's keys and
+    values. Returns the update (B, 1, H, V).
     """
     query, key, value = own.squeeze(1).split(shape.qkv_sizes, dim=-1)
     key_difference = key - given[0]
     value_difference = value - given[1]
     own_weight = (query * key_difference).sum(-1, keepdim=True).sigmoid_()              # (B, H, 1)
-    tape.keep(query=query, key_difference=key_difference, value_difference=value_difference, own_weight=own_weight)
+    tape.keep(query=query, own_weight=own_weight)
+    tape.keep(key_difference=key_difference, value_difference=value_difference)
     return torch.addcmul(given[1], own_weight, value_difference).unsqueeze(1)
 
 
@@ -803,17 +805,18 @@ def _attend_rows_backward(shape, kept, grad_update, grad_given):
     The given rows' are written to grad_given (B, H, M, 2K + V), if it is not None.
     """
     qkv, weights = kept["qkv"], kept["weights"]
-    batch, queries, width = grad_update.shape
+    batch, queries = grad_update.shape[:2]
     query, key, value = qkv.split(shape.qkv_sizes, dim=-1)
-    grad_update = grad_update.view(batch, queries, shape.heads, -1).transpose(1, 2).reshape(-1, queries, value.size(-1))
+    grad_update = grad_update.view(batch, queries, shape.heads, -1).transpose(1, 2).flatten(0, 1)
     grad_weights = torch.bmm(grad_update, value.transpose(1, 2))
     grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
     grad_query = torch.bmm(grad_scores, key)
     if queries < qkv.size(1):
-        grad_query = F.pad(grad_query, (0, 0, 0, qkv.size(1) - queries))                # the others' are not used
+        grad_query = F.pad(grad_query, (0, 0, 0, qkv.size(1) - queries))        # the others' are not used
     grad_key = torch.bmm(grad_scores.transpose(1, 2), query[:, :queries])
     grad_value = torch.bmm(weights.transpose(1, 2), grad_update)
-    grad_qkv = torch.cat([grad_query, grad_key, grad_value], dim=-1).view(batch, shape.heads, -1, qkv.size(-1))
+    grad_qkv = torch.cat([grad_query, grad_key, grad_value], dim=-1)
+    grad_qkv = grad_qkv.view(batch, shape.heads, -1, qkv.size(-1))
     if grad_given is not None:
         grad_qkv, others = grad_qkv.split([grad_qkv.size(2) - grad_given.size(2), grad_given.size(2)], dim=2)
         grad_given.copy_(others)
@@ -823,9 +826,10 @@ def _attend_rows_backward(shape, kept, grad_update, grad_given):
 class _LinearGradient:
     """Gradient of one linear layer's weight and bias, summed over the time steps.
 
-    With a stack for the errors, they are kept and multiplied with the inputs of all steps once, at the end: with few
-    rows per step, a product at every step would spend its time on reading and writing the whole gradient. Without a
-    stack, each step's product is added at once: with many rows that costs no more, and needs no memory for the errors.
+    With a stack for the errors, they are kept and multiplied with the inputs of all steps once, at the end:
+    with few rows per step, a product at every step would spend its time on reading and writing the whole
+    gradient. Without a stack, each step's product is added at once: with many rows that costs no more, and it
+    needs no memory for the errors.
     """
 
     def __init__(self, weight: Tensor, stack: Tensor | None):
@@ -865,8 +869,9 @@ class _NormGradient:
 
     def backward(self, grad: Tensor, inputs: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """Gradient by the norm's input; what this step gives to gain and shift is noted."""
+        stats = kept[self.mean], kept[self.scale]
         grad_inputs, grad_gain, grad_shift = torch.ops.aten.native_layer_norm_backward(
-            grad, inputs, (inputs.size(-1),), kept[self.mean], kept[self.scale], self.gain, self.shift, _ALL_THREE
+            grad, inputs, (inputs.size(-1),), *stats, self.gain, self.shift, (True, True, True)
         )
         self.gain_grads.append(grad_gain)
         self.shift_grads.append(grad_shift)
@@ -875,9 +880,6 @@ class _NormGradient:
     def result(self) -> tuple[Tensor, Tensor]:
         """The sums over the time steps."""
         return torch.stack(self.gain_grads).sum(0), torch.stack(self.shift_grads).sum(0)
-
-
-_ALL_THREE = (True, True, True)         # gradients by input, gain and shift
 
 
 def _scan_backward(shape, weights, tapes, deferred, memory, qkv_in, memories, grad_memories, grad_last):
@@ -890,7 +892,9 @@ def _scan_backward(shape, weights, tapes, deferred, memory, qkv_in, memories, gr
 
     blocks = range(shape.blocks)
     qkv_grads = [linear_gradient(weights.blocks[index].qkv, shape.rows_before(index)) for index in blocks]
-    mlp_grads = [[linear_gradient(weight, shape.rows_after(index)) for weight, _ in weights.mlp] for index in blocks]
+    mlp_grads = [
+        [linear_gradient(weight, shape.rows_after(index)) for weight, _ in weights.mlp] for index in blocks
+    ]
     norm_grads = [
         (
             _NormGradient(block.qkv_gain, block.qkv_shift, "qkv"),
@@ -902,8 +906,11 @@ def _scan_backward(shape, weights, tapes, deferred, memory, qkv_in, memories, gr
     gate_grad = grad_gate_in = grad_rows = None
     if weights.gate is not None:
         grad_gate_in = memory.new_empty(steps, batch, weights.gate.size(0))
-        # With one slot, the gradient by the gates' hoisted part is that by the memory's part: one tensor for both.
-        gate_grad = linear_gradient(weights.gate, slots) if slots > 1 else _LinearGradient(weights.gate, grad_gate_in)
+        # With one slot, the gradients by the gates' hoisted part and by the memory's part are one tensor.
+        if slots == 1:
+            gate_grad = _LinearGradient(weights.gate, grad_gate_in)
+        else:
+            gate_grad = linear_gradient(weights.gate, slots)
     grad_qkv_in = torch.zeros_like(qkv_in)
     grad_given = _given(shape, grad_qkv_in)
     if shape.blocks > 1:
@@ -985,7 +992,7 @@ def _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_
     def multiply(gradient, inputs, steps=slice(None)):
         gradient.accumulate(gradient.stack[steps].flatten(0, 1), inputs.flatten(0, -2))
 
-    # The first block's input is the memory before each step: the initial one, then all but the last of the rest.
+    # The first block's input is the memory before each step: the initial one, then all but the last.
     multiply(qkv_grads[0], memory, slice(0, 1))
     if len(memories) > 1:
         multiply(qkv_grads[0], memories[:-1], slice(1, None))
@@ -999,7 +1006,7 @@ def _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """inputs @ weight.T + bias; a weight of lower precision (autocast) lowers the product's, not the result's."""
+    """inputs @ weight.T + bias; the product is of the weight's precision, the result of the inputs' type."""
     if inputs.dtype == weight.dtype:
         return torch.addmm(bias, inputs, weight.t(), out=out)
     return torch.add(inputs.to(weight.dtype) @ weight.t(), bias, out=out)

@@ -210,7 +210,7 @@ def test_fast_path_equals_plain_step_in_float32():
 
 @pytest.mark.parametrize("slots", [1, N])
 def test_inputs_larger_than_the_memory_are_not_folded_and_still_equal(slots):
-    """Folding two layers into one pays for small inputs only; both sides of that rule are the same function."""
+    """Folding two layers into one pays for small inputs; both sides of that rule are one function."""
     core = make_core(mem_slots=slots, input_size=3 * D)
     inputs, memory = randn(B, T, 3 * D, requires_grad=True), randn(B, slots, D, requires_grad=True, seed=2)
     results = []
@@ -539,7 +539,7 @@ def test_initialisation_is_the_originals():
 
 
 def test_nothing_is_kept_on_the_module():
-    """State is an argument and a return value: the same call gives the same answer, whatever ran in between."""
+    """State is an argument and a return value: a call's answer does not depend on what ran before."""
     core = make_core()
     inputs = randn(B, T, INPUT)
     first, _ = core(inputs)
