@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import runs
+from cuda_graphs import CapturedStep
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
 from language_model import LanguageModel
 from output_layers import choose_cutoffs
@@ -122,7 +123,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT_OR_RUN",
         help="train nothing: score a checkpoint, or the best model of a run folder, on valid and test",
     )
-    runs.add_run_flags(parser)
+    runs.add_precision_flags(runs.add_run_flags(parser))
 
 
 def add_dropout_flags(parser: argparse._ArgumentGroup, between_layers: bool = False) -> None:
@@ -346,18 +347,27 @@ class ForwardTimer:
         self.spans: list[tuple[Any, Any]] = []
 
     def now(self) -> Any:
-        """A mark in time; two of them make a span."""
+        """A mark in time; two of them make a span. None while a graph is captured, in which nothing runs."""
         if not self.on_gpu:
             return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def mean_ms(self) -> float:
-        """Mean length of the spans in milliseconds; forgets them. On a GPU, to be called after the work."""
+    def span(self, start: Any) -> None:
+        """Notes the span from `start` until now."""
+        if start is not None:
+            self.spans.append((start, self.now()))
+
+    def mean_ms(self) -> float | None:
+        """Mean length of the spans in ms, None without any; forgets them. To be called after the work."""
         spans, self.spans = self.spans, []
+        if not spans:
+            return None
         lengths = [start.elapsed_time(end) if self.on_gpu else 1000 * (end - start) for start, end in spans]
-        return sum(lengths) / max(len(lengths), 1)
+        return sum(lengths) / len(lengths)
 
 
 class Trainer:
@@ -381,13 +391,24 @@ class Trainer:
         with split_named("train", "--batch_size"):
             self.columns = TokenColumns(corpus.train, args.batch_size, device)
         self.replicas = runs.wrap_data_parallel(model, device, args.batch_size)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+        # On a GPU the learning rate is a tensor: a captured step reads it anew at each replay.
+        on_gpu = device.type == "cuda"
+        lr = torch.tensor(args.lr, device=device) if on_gpu else args.lr
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=on_gpu)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=LR_FACTOR, patience=PATIENCE
         )
         self.fingerprint = fingerprint(corpus)
         self.at = Position()
-        self.state: torch.Tensor | None = None  # None at the start of an epoch
+        # Stays in place, as a captured step wants it; each step leaves the state after its window here.
+        self.state = model.initial_state(args.batch_size)
+        # Adaptive softmax looks up which words are where, for which the host waits; replicas need threads.
+        self.full_window = CapturedStep(
+            self.train_window,
+            device,
+            enabled=not (args.no_cuda_graph or args.adaptivesoftmax) and self.replicas is model,
+            on_failure=runs.warn,
+        )
         # Sums of losses and gradient norms since the last reading. They stay on the device: to read them the
         # host has to wait for the GPU.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -421,8 +442,8 @@ class Trainer:
     def train_epoch(self) -> None:
         """Goes through what is left of the epoch."""
         self.model.train()
-        if self.state is None:
-            self.state = self.model.initial_state(self.args.batch_size)
+        if self.at.place == 0:
+            self.state.copy_(self.model.initial_state(self.args.batch_size))
         windows, done = (-(-places // self.args.bptt) for places in (self.columns.length, self.at.place))
         with runs.Progress(windows, f"epoch {self.at.epoch}", done) as progress:
             for tokens, targets in self.columns.windows(self.args.bptt, self.at.place):
@@ -441,22 +462,29 @@ class Trainer:
         """One optimiser step on a window, (B, T) tokens and targets."""
         stop = self.at.place + tokens.shape[1]
         count = self.targets_before(stop) - self.targets_before(self.at.place)
-        started = self.timer.now()
-        nats, state = self.replicas(tokens, targets, self.state)
-        self.timer.spans.append((started, self.timer.now()))
-        total = nats.sum()  # one number per replica
-        self.optimizer.zero_grad(set_to_none=True)
-        (total / count).backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
-        self.optimizer.step()
-        self.state = state.detach()  # keep the values, cut the history
-        self.sums += torch.stack([total.detach(), norm]).double()
+        # Only windows that are full have the shape of the captured step; the last one of an epoch may not.
+        step = self.full_window if count == self.args.batch_size * self.args.bptt else self.train_window
+        step(tokens, targets, torch.tensor(float(count)))
         self.at.place = stop
         self.at.step += 1
         self.at.interval_steps += 1
         self.at.interval_tokens += count
         self.timed_steps += 1
         self.timed_tokens += count
+
+    def train_window(self, tokens: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> None:
+        """The work of a step, on tensors alone and without waiting for the device; count targets are scored."""
+        started = self.timer.now()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            nats, state = self.replicas(tokens, targets, self.state)
+        self.timer.span(started)
+        total = nats.sum()  # one number per replica
+        self.optimizer.zero_grad(set_to_none=True)
+        (total / count).backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
+        self.optimizer.step()
+        self.state.copy_(state.detach())  # keep the values, cut the history
+        self.sums += torch.stack([total.detach(), norm]).double()
 
     def targets_before(self, place: int) -> int:
         """How many targets lie before a place of the columns, counted without a look at the tensors."""
@@ -476,9 +504,10 @@ class Trainer:
         self.write(
             "train", loss=loss, ppl=perplexity(loss), grad_norm=norms / self.at.interval_steps, **speed
         )
+        forward = speed["forward_ms_per_batch"]  # None inside a CUDA graph, which has no such point in time
         progress.report(
             f"loss {loss:.4f} | ppl {perplexity(loss):.2f} | {speed['tokens_per_second']:,.0f} tokens/s | "
-            f"{speed['ms_per_batch']:.1f} ms/batch, forward {speed['forward_ms_per_batch']:.1f} | "
+            f"{speed['ms_per_batch']:.1f} ms/batch{'' if forward is None else f', forward {forward:.1f}'} | "
             f"lr {self.lr:g}"
         )
         self.at.epoch_nats += nats
@@ -502,13 +531,12 @@ class Trainer:
             f"epoch {self.at.epoch}: train ppl {perplexity(train_loss):.2f} | valid loss {loss:.4f}, ppl "
             f"{perplexity(loss):.2f}{' (best)' if better else ''} | {self.at.seconds:.0f} s"
         )
-        self.scheduler.step(loss)
+        self.step_schedule(loss)
         if better:
             self.save_best(loss)
         self.at.epoch += 1
         self.at.place = self.at.epoch_tokens = 0
         self.at.epoch_nats = 0.0
-        self.state = None
         self.save_last()
         self.interval_clock = time.perf_counter()  # evaluation is not part of the next ms/batch
 
@@ -538,7 +566,16 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The present learning rate."""
-        return self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizer.param_groups[0]["lr"]
+        return float(f"{float(lr):.6g}") if isinstance(lr, torch.Tensor) else lr  # float32's digits end there
+
+    def step_schedule(self, valid_loss: float) -> None:
+        """Tells the schedule of a finished epoch; the learning rate stays the tensor that it was."""
+        group = self.optimizer.param_groups[0]
+        before = group["lr"]
+        self.scheduler.step(valid_loss)
+        if isinstance(before, torch.Tensor) and group["lr"] is not before:
+            group["lr"] = before.fill_(float(group["lr"]))
 
     def update_clock(self) -> None:
         """Adds the time since the last call to the run's seconds."""
@@ -626,9 +663,7 @@ class Trainer:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             self.at = Position(**checkpoint["position"])
             self.sums.copy_(checkpoint["sums"])
-            if checkpoint["state"] is not None:
-                fresh = self.model.initial_state(self.args.batch_size)
-                self.state = fresh.detach().clone().copy_(checkpoint["state"])
+            self.state.copy_(checkpoint["state"])
             runs.restore_random_states(checkpoint["random"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             if runs.is_out_of_memory(error):
@@ -676,7 +711,7 @@ def run(
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
         return score(args, "data" in runs.given_arguments(parser, argv))
-    device = runs.choose_device(args.cuda, args.threads)
+    device = runs.choose_device(args.cuda, args.threads, args.strict_float32)
     runs.seed_everything(args.seed)
     corpus = load_corpus(args.data, args.vocab_from)
     print(
@@ -787,7 +822,7 @@ def best_possible(folder: Path, split: str) -> str:
 def score(args: argparse.Namespace, data_given: bool) -> int:
     """Scores a checkpoint on valid and test: the --evaluate of both scripts."""
     path = find_checkpoint(args.evaluate)
-    device = runs.choose_device(args.cuda, args.threads)
+    device = runs.choose_device(args.cuda, args.threads, args.strict_float32)
     checkpoint = runs.load_checkpoint(path)
     model, vocabulary = load_model(checkpoint, device)
     saved = checkpoint.get("args")

@@ -202,7 +202,7 @@ def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
         scores = torch.log_softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
         nats -= (scores.gather(1, label) * counts).sum()
         if with_gradients:
-            # d nats / d scores = softmax(scores) - onehot(label) in the rows that count. The others are masked
+            # d nats / d scores = softmax(scores) - onehot(label) in rows that count. The others are masked
             # on the side of the hidden vectors, which is so much smaller.
             errors = scores.exp_().scatter_add_(1, label, scores.new_full((), -1.0).expand_as(label))
             errors = errors.to(weight.dtype)

@@ -145,7 +145,9 @@ probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
 # ---- flags of every script
 
 # What may differ when a run goes on: where it runs and how much it tells and saves, not what it computes.
-RESUME_MAY_CHANGE = frozenset({"resume", "cuda", "log_interval", "save_every", "threads", "runs_folder"})
+RESUME_MAY_CHANGE = frozenset(
+    {"resume", "cuda", "log_interval", "save_every", "threads", "runs_folder", "no_cuda_graph"}
+)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -188,6 +190,25 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="go on with an earlier run, exactly where its last.pt stands and with its arguments",
     )
     return group
+
+
+def add_precision_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that trade exactness for speed, or the reverse."""
+    group.add_argument(
+        "--bf16",
+        action="store_true",
+        help="train with products in bfloat16; softmax, norms and memory stay in float32, evaluation too",
+    )
+    group.add_argument(
+        "--strict-float32",
+        action="store_true",
+        help="no TF32 in the products on a GPU (they are faster with it, and rounded to 10 bits)",
+    )
+    group.add_argument(
+        "--no-cuda-graph",
+        action="store_true",
+        help="launch a training step's operations one by one on a GPU, not as one CUDA graph",
+    )
 
 
 def parse_arguments(
@@ -670,12 +691,13 @@ def restore_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
-def choose_device(cuda: bool, threads: int = 0) -> torch.device:
+def choose_device(cuda: bool, threads: int = 0, strict_float32: bool = False) -> torch.device:
     """The device to compute on, said in one line.
 
     Args:
         cuda: the user asked for the GPU.
         threads: CPU threads for torch, 0 for its own choice.
+        strict_float32: keep a GPU from rounding the products' factors to TF32.
 
     Raises:
         UserError: a GPU was asked for and there is none that torch can use.
@@ -694,6 +716,8 @@ def choose_device(cuda: bool, threads: int = 0) -> torch.device:
             f"--cuda was given but {why} (torch {torch.__version__}). Leave --cuda away to run on the CPU, "
             "or install a CUDA build of torch and check that nvidia-smi lists the GPU."
         )
+    torch.set_float32_matmul_precision("highest" if strict_float32 else "high")
+    torch.backends.cudnn.allow_tf32 = not strict_float32
     count = torch.cuda.device_count()
     print(
         f"device: {count} x GPU {torch.cuda.get_device_name(0)}"

@@ -185,6 +185,7 @@ def test_fault_5_replicas_split_inputs_targets_and_state_along_the_batch(tmp_pat
     many.replicas = Shards(many.model, count)
     for trainer in (one, many):
         trainer.model.double()
+        trainer.state = trainer.state.double()
         trainer.train_epoch()
     assert many.at.epoch_nats == pytest.approx(one.at.epoch_nats, rel=1e-12)
     torch.testing.assert_close(many.state, one.state, rtol=0, atol=1e-10)

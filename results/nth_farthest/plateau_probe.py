@@ -14,6 +14,7 @@ All flags of train_nth_farthest.py are understood; the small task below is the d
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -35,6 +36,8 @@ MARKS = (0, 50, 100, 200, 300, 400, 500, 1000, 2000, 5000)
 @torch.no_grad()
 def final_memory(model: NthFarthestModel, inputs: Tensor) -> Tensor:
     """What the core hands to the output layers, (B, features)."""
+    if isinstance(model.core, torch.nn.LSTM):
+        return model.core(model.scaled(inputs))[0][:, -1]
     pieces = model.scaled(inputs).split(1000)
     return torch.cat([model.core(piece, model.initial_memory(len(piece)))[0] for piece in pieces])
 
@@ -51,7 +54,9 @@ def vector_share(model: NthFarthestModel, examples: int = 2000) -> float:
 
 
 def slots_apart(model: NthFarthestModel, examples: int = 2000) -> float:
-    """Part of the final memory's variance over sequences that differs between the slots, between 0 and 1."""
+    """Part of the final memory's variance that differs between the slots, from 0 to 1; an LSTM's is NaN."""
+    if isinstance(model.core, torch.nn.LSTM):
+        return math.nan
     inputs, _ = make_batch(examples, model.num_vectors, model.num_dims, torch.Generator().manual_seed(7))
     memory = final_memory(model, inputs).unflatten(1, (model.core.mem_slots, -1))
     difference = memory - memory.mean(dim=1, keepdim=True)
@@ -61,7 +66,7 @@ def slots_apart(model: NthFarthestModel, examples: int = 2000) -> float:
 def decodable(model: NthFarthestModel) -> float:
     """Mean R squared of a ridge regression from the final memory to the vectors, ordered by label."""
     K, D = model.num_vectors, model.num_dims
-    examples = max(4000, 6 * model.core.output_size)
+    examples = max(4000, 6 * model.head[0].in_features)
     inputs, _ = make_batch(examples, K, D, torch.Generator().manual_seed(5))
     positions = inputs[..., D : D + K].argmax(dim=1)  # (B, K): where each label is
     vectors = inputs[..., :D].gather(1, positions.unsqueeze(2).expand(-1, -1, D)).flatten(1).double()
