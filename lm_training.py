@@ -81,8 +81,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=runs.positive_float,
         default=0.001,
-        help="Adam's initial learning rate; halved when the validation loss has not improved for "
-        f"{PATIENCE} epochs",
+        help="Adam's learning rate, at its highest",
+    )
+    training.add_argument(
+        "--schedule",
+        choices=("plateau", "cosine"),
+        default="plateau",
+        help=f"plateau: halve the learning rate when the validation loss has not improved for {PATIENCE} "
+        "epochs; cosine: lower it step by step, to 0 at the end of the last epoch",
+    )
+    training.add_argument(
+        "--warmup",
+        type=runs.non_negative_int,
+        default=0,
+        metavar="STEPS",
+        help="cosine only: steps in which the learning rate first grows from 0",
     )
     training.add_argument(
         "--clip",
@@ -393,8 +406,10 @@ class Trainer:
         self.replicas = runs.wrap_data_parallel(model, device, args.batch_size)
         # On a GPU the learning rate is a tensor: a captured step reads it anew at each replay.
         on_gpu = device.type == "cuda"
-        lr = torch.tensor(args.lr, device=device) if on_gpu else args.lr
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=on_gpu)
+        self.lr_tensor = torch.tensor(args.lr, device=device) if on_gpu else None
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=self.lr_tensor if on_gpu else args.lr, fused=True, capturable=on_gpu
+        )
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=LR_FACTOR, patience=PATIENCE
         )
@@ -460,6 +475,9 @@ class Trainer:
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
         """One optimiser step on a window, (B, T) tokens and targets."""
+        if self.args.schedule == "cosine":
+            steps = self.args.epochs * -(-self.columns.length // self.args.bptt)
+            self.lr = runs.scheduled_lr(self.args.lr, self.at.step + 1, steps, self.args.warmup, cosine=True)
         stop = self.at.place + tokens.shape[1]
         count = self.targets_before(stop) - self.targets_before(self.at.place)
         # Only windows that are full have the shape of the captured step; the last one of an epoch may not.
@@ -473,7 +491,7 @@ class Trainer:
         self.timed_tokens += count
 
     def train_window(self, tokens: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> None:
-        """The work of a step, on tensors alone and without waiting for the device; count targets are scored."""
+        """The work of a step, on tensors alone and without waiting for the device; count targets count."""
         started = self.timer.now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             nats, state = self.replicas(tokens, targets, self.state)
@@ -569,13 +587,19 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         return float(f"{float(lr):.6g}") if isinstance(lr, torch.Tensor) else lr  # float32's digits end there
 
-    def step_schedule(self, valid_loss: float) -> None:
-        """Tells the schedule of a finished epoch; the learning rate stays the tensor that it was."""
+    @lr.setter
+    def lr(self, value: float) -> None:
+        """Where the learning rate is a tensor, as on a GPU, it stays the same tensor."""
         group = self.optimizer.param_groups[0]
-        before = group["lr"]
-        self.scheduler.step(valid_loss)
-        if isinstance(before, torch.Tensor) and group["lr"] is not before:
-            group["lr"] = before.fill_(float(group["lr"]))
+        if self.lr_tensor is not None:
+            value = self.lr_tensor.fill_(value)
+        group["lr"] = value
+
+    def step_schedule(self, valid_loss: float) -> None:
+        """Tells the plateau schedule of a finished epoch."""
+        if self.args.schedule == "plateau":
+            self.scheduler.step(valid_loss)
+            self.lr = float(self.optimizer.param_groups[0]["lr"])
 
     def update_clock(self) -> None:
         """Adds the time since the last call to the run's seconds."""
@@ -660,6 +684,8 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.lr = float(self.optimizer.param_groups[0]["lr"])
+            self.optimizer.param_groups[0]["capturable"] = self.lr_tensor is not None
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             self.at = Position(**checkpoint["position"])
             self.sums.copy_(checkpoint["sums"])

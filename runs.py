@@ -728,6 +728,19 @@ def choose_device(cuda: bool, threads: int = 0, strict_float32: bool = False) ->
     return torch.device("cuda", 0)
 
 
+def scheduled_lr(lr: float, step: int, steps: int, warmup: int = 0, cosine: bool = False) -> float:
+    """The learning rate of a step, the first being 1: linear warm-up, then constant or a cosine to 0.
+
+    It depends on nothing but the step, so a resumed run has nothing to restore.
+    """
+    if step <= warmup:
+        return lr * step / warmup
+    if not cosine:
+        return lr
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> None:
     """Refuses a model that cannot be trained in the memory there is, before any of it is used.
 

@@ -40,7 +40,7 @@ def words(listed: str) -> list[str]:
 
 GIRLS = words("anna emma lucy")
 BOYS = words("ben jack tom")
-THINGS = words("ball drum kite lamp")
+THINGS = words("ball drum kite")
 COLOURS = words("blue golden green red white yellow")
 PLACES = words("bridge castle forest garden lake market mill river tower well")
 WEATHER = words("bright cloudy cold foggy rainy snowy sunny windy")
@@ -145,7 +145,7 @@ class Story:
         """One sentence; returns whether the story goes on."""
         tell = self.tell
         opening = tell.pick(
-            dict.fromkeys(self.children, 6) | {"who had the": 3, "the": 3, "then": 3, "at last": 4}
+            dict.fromkeys(self.children, 5) | {"who had the": 5, "the": 3, "then": 4, "at last": 3}
         )
         if opening in self.children:
             self.act(opening)
@@ -168,7 +168,7 @@ class Story:
         tell = self.tell
         # As many words and choices for the one as for the other, so that the state keeps its shape.
         play = "played with the" if child == self.owner else "asked for the"
-        verb = tell.pick({play: 4, "saw a": 3, "waved to": 3, "felt": 2, "ran to the": 2, "ate": 2})
+        verb = tell.pick({play: 8, "saw a": 3, "waved to": 3, "felt": 2, "ran to the": 2, "ate": 2})
         if verb == play:
             tell.say(self.thing)
         elif verb == "saw a":

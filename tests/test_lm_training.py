@@ -402,3 +402,31 @@ def test_best_possible_perplexity_is_told_where_it_is_known(tmp_path):
         assert lm_training.best_possible(tmp_path, "test") == ""
     (tmp_path / "entropy.json").write_text('{"test": {"perplexity": 1.654}}')
     assert lm_training.best_possible(tmp_path, "test") == " (best possible: 1.65)"
+
+
+def test_cosine_schedule_warms_up_and_ends_near_zero_and_survives_a_resume(tmp_path):
+    flags = ("--schedule", "cosine", "--warmup", "3", "--epochs", "2", "--lr", "0.004", "--log-interval", "1")
+    trainer = make_trainer(tmp_path, "rnn", *flags)
+    trainer.train(tmp_path)
+    rates = [event["lr"] for event in runs.read_log(tmp_path / "log.jsonl") if event["event"] == "train"]
+    steps = len(rates)
+    expected = [
+        0.004 * step / 3 if step <= 3 else 0.002 * (1 + math.cos(math.pi * (step - 3) / (steps - 3)))
+        for step in range(1, steps + 1)
+    ]
+    assert rates == pytest.approx(expected, abs=1e-12)
+    again = make_trainer(tmp_path, "rnn", *flags)
+    again.restore(runs.load_checkpoint(tmp_path / "last.pt"))
+    assert again.lr == trainer.lr
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_bf16_trains_in_lower_precision_and_evaluates_in_full(tmp_path, kind):
+    exact, lower = (make_trainer(tmp_path, kind, *flags) for flags in ((), ("--bf16",)))
+    lower.model.load_state_dict(exact.model.state_dict())
+    assert lower.evaluate("valid") == exact.evaluate("valid")
+    for trainer in (exact, lower):
+        trainer.train_epoch()
+    assert lower.state.dtype == torch.float32
+    assert lower.at.epoch_nats != exact.at.epoch_nats
+    assert lower.at.epoch_nats == pytest.approx(exact.at.epoch_nats, rel=0.02)
