@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,18 @@ LR_FACTOR = 0.5
 # ---- flags
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+# Flags by name, as in the namespace, and their values: a recipe sets these and nothing else.
+Recipes = Mapping[str, Mapping[str, Any]]
+
+
+def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     """Adds the flags that do not depend on the model: data, softmax, training, and those of every script."""
+    parser.add_argument(
+        "--recipe",
+        choices=sorted(recipes),
+        default=None,
+        help="set several flags at once (printed at the start); flags given beside it win",
+    )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -170,6 +180,16 @@ def add_dropout_flags(parser: argparse._ArgumentGroup, between_layers: bool = Fa
         metavar="P",
         help="of the output before the softmax (default: --dropout)",
     )
+
+
+def apply_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Recipes) -> None:
+    """Makes the values of the recipe asked for the parser's defaults, and says which flags that are."""
+    name = runs.given_arguments(parser, argv).get("recipe")
+    if name is None:
+        return
+    parser.set_defaults(**recipes[name])
+    flags = (f"{runs.flag_of(parser, flag)} {value}" for flag, value in recipes[name].items())
+    print(f"recipe {name}: {' '.join(flags)}")
 
 
 def dropouts(args: argparse.Namespace) -> dict[str, float]:
@@ -718,6 +738,7 @@ def run(
     script: str,
     kind: str,
     build_model: Callable[[argparse.Namespace, int, list[int] | None], LanguageModel],
+    recipes: Recipes,
 ) -> int:
     """Trains (or, with --evaluate, only scores) as the command line says.
 
@@ -728,10 +749,12 @@ def run(
         kind: key of MODELS.
         build_model: makes the model from arguments, vocabulary size and cutoffs (None: full softmax); what it
             raises as ValueError is told to the user.
+        recipes: what `--recipe` may name.
 
     Returns:
         the exit status: 0, or 128 + the number of the signal that stopped the run.
     """
+    apply_recipe(parser, argv, recipes)
     args = runs.parse_arguments(parser, argv, script, may_change=("epochs", "data", "evaluate"))
     if args.evaluate is not None:
         if args.resume is not None:

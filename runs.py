@@ -235,7 +235,7 @@ def parse_arguments(
     merged = {name: saved.get(name, default) for name, default in vars(plain).items() if name not in given}
     for name, value in given.items():
         if name not in allowed and value != saved.get(name, parser.get_default(name)):
-            flag = _flag_of(parser, name)
+            flag = flag_of(parser, name)
             raise UserError(
                 f"{flag} cannot change when a run is resumed: {folder} was started with "
                 f"{saved.get(name, parser.get_default(name))!r}, got {value!r}. Leave {flag} away, "
@@ -254,7 +254,8 @@ def given_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     }
 
 
-def _flag_of(parser: argparse.ArgumentParser, name: str) -> str:
+def flag_of(parser: argparse.ArgumentParser, name: str) -> str:
+    """The flag, as typed, whose value has this name in the namespace."""
     return next(action.option_strings[0] for action in parser._actions if action.dest == name)
 
 

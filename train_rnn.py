@@ -1,6 +1,7 @@
 """Train a word-level LSTM, GRU or plain recurrent language model: the baseline of train_rmc.py.
 
-Example: python train_rnn.py --data tiny --epochs 5
+Examples: python train_rnn.py --recipe tiny
+          python train_rnn.py --cuda
 
 Every run writes a folder under runs/.
 """
@@ -15,6 +16,25 @@ import runs
 from rnn_models import RNNLM
 
 SCRIPT = "train_rnn"
+
+RECIPES = {
+    # As many weights and epochs as train_rmc.py's recipe of this name.
+    "tiny": {
+        "data": "tiny",
+        "emsize": 150,
+        "nhid": 150,
+        "tied": True,
+        "cudnn": True,
+        "dropout": 0.0,
+        "lr": 0.005,
+        "schedule": "cosine",
+        "clip": 1.0,
+        "batch_size": 32,
+        "bptt": 32,
+        "epochs": 14,
+        "threads": 1,
+    },
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="torch's fused layer (cuDNN on a GPU) in place of a loop of cells; the same maths",
     )
     lm_training.add_dropout_flags(network, between_layers=True)
-    lm_training.add_flags(parser)
+    lm_training.add_flags(parser, RECIPES)
     return parser
 
 
@@ -70,7 +90,7 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit status."""
-    return lm_training.run(build_parser(), argv, SCRIPT, "rnn", build_model)
+    return lm_training.run(build_parser(), argv, SCRIPT, "rnn", build_model, RECIPES)
 
 
 if __name__ == "__main__":

@@ -378,7 +378,7 @@ def test_fingerprint_changes_with_words_and_text(tmp_path):
 
 def softmax_of(*argv):
     parser = argparse.ArgumentParser()
-    lm_training.add_flags(parser)
+    lm_training.add_flags(parser, {})
     return lm_training.choose_softmax(parser.parse_args(list(argv)), 1000)
 
 

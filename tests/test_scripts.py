@@ -570,3 +570,19 @@ def test_killed_while_it_saves_nothing_is_lost(corpus_folder, tmp_path):
     assert_same_checkpoint(whole / "last.pt", killed / "last.pt")
     assert_same_checkpoint(whole / "best.pt", killed / "best.pt")
     assert numbers(whole) == numbers(killed)
+
+
+@pytest.mark.parametrize("script", [train_rmc, train_rnn])
+def test_recipe_sets_its_flags_says_so_and_gives_way_to_flags_on_the_command_line(script, tmp_path, capsys):
+    status = script.main(
+        ["--recipe", "tiny", "--data", str(write_corpus(tmp_path)), "--emsize", "6"]
+        + (["--headsize", "4"] if script is train_rmc else ["--nhid", "6"])
+        + ["--epochs", "1", "--batch_size", "2", "--runs-folder", str(tmp_path / "runs"), "--name", "r"]
+    )
+    assert status == 0
+    assert "recipe tiny: --data tiny --emsize" in capsys.readouterr().out
+    args = json.loads((tmp_path / "runs" / "r" / "args.json").read_text(encoding="utf-8"))["arguments"]
+    recipe = script.RECIPES["tiny"]
+    assert args["recipe"] == "tiny" and args["emsize"] == 6 and args["epochs"] == 1
+    for flag in ("lr", "clip", "schedule", "dropout", "bptt"):
+        assert args[flag] == recipe[flag] != script.build_parser().get_default(flag), flag
