@@ -199,21 +199,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop this session (not the run: --resume goes on) after this time; 0 = off",
     )
     training.add_argument(
-        "--bf16", action="store_true", help="compute in bfloat16 where autocast finds it safe"
-    )
-    training.add_argument(
-        "--tf32", action="store_true", help="allow TensorFloat-32 matrix products (recent GPUs)"
-    )
-    training.add_argument(
-        "--no-cuda-graph", action="store_true", help="launch a step's operations one by one on the GPU"
-    )
-    training.add_argument(
         "--evaluate",
         default=None,
         metavar="RUN_FOLDER",
         help="train nothing: accuracy by n and picture of the attention of a run's best.pt",
     )
-    runs.add_run_flags(parser)
+    runs.add_precision_flags(runs.add_run_flags(parser))
     return parser
 
 
@@ -276,12 +267,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     It depends on nothing but the step, so a resumed run has nothing to restore. A schedule that waits for the
     loss to improve would be wrong here: on the plateau the loss stands still although all is well.
     """
-    if step <= args.warmup:
-        return args.lr * step / args.warmup
-    if args.schedule == "constant":
-        return args.lr
-    progress = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
-    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return runs.scheduled_lr(args.lr, step, args.steps, args.warmup, args.schedule == "cosine")
 
 
 # ---- training
@@ -599,8 +585,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
         return evaluate_run(parser, args)
-    device = runs.choose_device(args.cuda, args.threads)
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    device = runs.choose_device(args.cuda, args.threads, args.strict_float32)
     runs.seed_everything(args.seed)
     build = functools.partial(build_model, args, "headsize" in runs.given_arguments(parser, argv))
     runs.check_model_fits(build, device)
@@ -647,7 +632,7 @@ def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
     folder = Path(args.evaluate)
     of_run = runs.parse_arguments(parser, ["--resume", str(folder)], SCRIPT)
     of_run.cuda, of_run.threads = args.cuda, args.threads
-    final_report(folder, of_run, runs.choose_device(args.cuda, args.threads))
+    final_report(folder, of_run, runs.choose_device(args.cuda, args.threads, args.strict_float32))
     return 0
 
 

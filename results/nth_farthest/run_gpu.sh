@@ -29,7 +29,7 @@ PYTHON=${PYTHON:-python}
 
 case $RECIPE in
     paper) recipe=() ;;
-    ours) recipe=(--lr 3e-4 --warmup 1000 --memory-scale 16 --tf32) ;;
+    ours) recipe=(--lr 3e-4 --warmup 1000 --memory-scale 16) ;;
     *) echo "RECIPE must be paper or ours, got $RECIPE" >&2; exit 2 ;;
 esac
 deadline=$((SECONDS + MINUTES * 60))
