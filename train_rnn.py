@@ -25,7 +25,7 @@ RECIPES = {
         "nhid": 150,
         "tied": True,
         "cudnn": True,
-        "dropout": 0.0,
+        "dropout": 0.1,
         "lr": 0.005,
         "schedule": "cosine",
         "clip": 1.0,
@@ -33,6 +33,7 @@ RECIPES = {
         "bptt": 32,
         "epochs": 14,
         "threads": 1,
+        "eval_batch_size": 4,
     },
 }
 
