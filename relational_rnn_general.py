@@ -202,7 +202,7 @@ class RelationalMemory(nn.Module):
         Returns:
             outputs: (B, T, N * D) with return_all_outputs, else the last step's (B, N * D).
             memory: the memory after the last step, (B, N, D). Nothing is detached: gradients reach the given
-                memory.
+                memory. The backward pass needs the outputs as they are: do not change them in place.
             (input_gate, forget_gate) of the last step after the sigmoid, if asked for: (B, N, D), or
             (B, N, 1) for gate_style 'memory'.
 
@@ -219,7 +219,7 @@ class RelationalMemory(nn.Module):
             memory = self._initial_state(batch_size, inputs)
         else:
             memory = self._checked_memory(memory, batch_size)
-        if self.fast and not _functorch_is_active():
+        if self.fast and batch_size > 0 and not _transforms_are_active():
             outputs, memory, before = self._run_fast(inputs, memory)
         else:
             outputs, memory, before = self._run_plain(inputs, memory)
@@ -240,18 +240,20 @@ class RelationalMemory(nn.Module):
 
     def _run_fast(self, inputs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same as _run_plain, arranged for speed; see the second half of this file."""
-        device = inputs.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        device, dtype = inputs.device.type, self.input_projection.weight.dtype
+        lower = None                            # the type that autocast wants products to be of
+        if torch.is_autocast_enabled(device) and dtype == torch.float32:
+            lower = torch.get_autocast_dtype(device)
+            inputs, memory = inputs.float(), memory.float()
         shape = _Shape(
             self.mem_slots, self.input_rows, self.num_heads, self.key_size, self.head_size, self.num_blocks,
             self.attention_mlp_layers, self.gate_style,
         )
-        weights = self._scan_weights(autocast)
-        qkv_in, gate_in, rows = self._hoist(inputs.transpose(0, 1).contiguous(), weights)
+        # Only the products with weights are lowered: memory, norms, attention and gates stay as they are.
         with torch.autocast(device, enabled=False):
-            if autocast is not None:             # the memory, norms, softmax and gates stay in full precision
-                memory = memory.float()
-                qkv_in, gate_in, rows = (x if x is None else x.float() for x in (qkv_in, gate_in, rows))
+            weights = self._scan_weights(lower)
+            qkv_in, gate_in, rows = self._hoist(inputs.transpose(0, 1).contiguous(), weights, lower)
+            memory = memory.contiguous()
             flat = weights.flatten()
             if torch.is_grad_enabled() and any(
                 x is not None and x.requires_grad for x in (memory, qkv_in, gate_in, rows, *flat)
@@ -263,7 +265,9 @@ class RelationalMemory(nn.Module):
                 last = memories[-1].clone()
         return memories.flatten(2).transpose(0, 1), last, memories[-2] if len(memories) > 1 else memory
 
-    def _hoist(self, inputs: Tensor, weights: "_Weights") -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _hoist(
+        self, inputs: Tensor, weights: "_Weights", lower: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What depends on the inputs (T, B, M, input_size) alone, for all time steps at once.
 
         Returns:
@@ -283,10 +287,11 @@ class RelationalMemory(nn.Module):
         apart = count * (self.input_size * self.mem_size + self.mem_size * after)
         fold = self.num_blocks == 1 and folded < apart
         if fold:
-            projected = F.linear(inputs, qkv.weight @ weight_in, F.linear(bias_in, qkv.weight, qkv.bias))
+            bias = F.linear(bias_in, qkv.weight, qkv.bias)
+            projected = _affine(inputs, qkv.weight @ weight_in, bias, lower)
         else:
-            rows = self.input_projection(inputs)
-            projected = qkv(rows)
+            rows = _affine(inputs, weight_in, bias_in, lower)
+            projected = _affine(rows, qkv.weight, qkv.bias, lower)
         gain, shift = weights.blocks[0].qkv_gain, weights.blocks[0].qkv_shift
         qkv_in = F.layer_norm(projected, projected.shape[-1:], gain, shift, NORM_EPSILON)
         if self.gate_style is None:
@@ -298,16 +303,16 @@ class RelationalMemory(nn.Module):
         if fold:
             by_row = weight.unflatten(1, (self.input_rows, self.mem_size))                  # (G, M, D)
             bias = bias + by_row.sum(1) @ bias_in
-            gate_in = F.linear(inputs.flatten(2), (by_row @ weight_in).flatten(1), bias)
+            gate_in = _affine(inputs.flatten(2), (by_row @ weight_in).flatten(1), bias, lower)
         else:
-            gate_in = F.linear(rows.flatten(2), weight, bias)
+            gate_in = _affine(rows.flatten(2), weight, bias, lower)
         return qkv_in, gate_in, rows if self.num_blocks > 1 else None
 
-    def _scan_weights(self, autocast: torch.dtype | None) -> "_Weights":
-        """The recurrent weights; matrices in the autocast type, if there is one."""
+    def _scan_weights(self, lower: torch.dtype | None) -> "_Weights":
+        """The recurrent weights; matrices in the lower type, if there is one."""
 
         def matrix(linear: nn.Linear) -> Tensor:
-            return linear.weight if autocast is None else linear.weight.to(autocast)
+            return linear.weight if lower is None else linear.weight.to(lower)
 
         # The scores' factor 1 / sqrt(K) goes into the queries' norm: once per window, not once per step.
         head = self.input_projection.weight.new_ones(2 * self.key_size + self.head_size)
@@ -366,11 +371,11 @@ class RelationalMemory(nn.Module):
 
     def _attend(self, block: AttentionBlock, rows: Tensor, attention: list[Tensor] | None) -> Tensor:
         """One block: the rows (B, R, D) attend to each other (eq. 2), then each goes through the MLP."""
-        qkv = block.qkv_norm(block.qkv_projection(rows))                            # (B, R, H * (2K + V))
+        qkv = block.qkv_norm(self._full(block.qkv_projection(rows)))                # (B, R, H * (2K + V))
         qkv = qkv.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)               # (B, H, R, 2K + V)
         query, key, value = qkv.split([self.key_size, self.key_size, self.head_size], dim=-1)
         scores = query @ key.transpose(-1, -2) * self.key_size**-0.5                # (B, H, R, R)
-        weights = torch.softmax(scores, dim=-1)
+        weights = torch.softmax(self._full(scores), dim=-1)
         if attention is not None:
             attention.append(weights)
         update = (weights @ value).transpose(1, 2).flatten(2)                     # (B, R, D), head after head
@@ -388,8 +393,12 @@ class RelationalMemory(nn.Module):
         """
         from_input = self.input_gate_projection(rows.flatten(1)).unsqueeze(1)       # (B, 1, 2D) or (B, 1, 2)
         from_memory = self.memory_gate_projection(torch.tanh(memory))               # (B, N, 2D) or (B, N, 2)
-        input_gate, forget_gate = (from_input + from_memory).chunk(2, dim=-1)
+        input_gate, forget_gate = self._full(from_input + from_memory).chunk(2, dim=-1)
         return torch.sigmoid(input_gate + self.input_bias), torch.sigmoid(forget_gate + self.forget_bias)
+
+    def _full(self, value: Tensor) -> Tensor:
+        """In the parameters' precision, where autocast has lowered it."""
+        return value.to(torch.promote_types(value.dtype, self.input_projection.weight.dtype))
 
     def load_sonnet_variables(self, variables: Mapping[str, Any]) -> None:
         """Copy the variables of DeepMind's original module (Sonnet v1) into this core.
@@ -468,9 +477,17 @@ class RelationalMemory(nn.Module):
         return memory
 
 
-def _functorch_is_active() -> bool:
-    """Whether a torch.func transform is at work; the hand-written backward pass cannot take part in one."""
-    return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
+def _transforms_are_active() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work: for them, the plain step."""
+    functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
+    return functorch or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+def _affine(inputs: Tensor, weight: Tensor, bias: Tensor, lower: torch.dtype | None) -> Tensor:
+    """inputs @ weight.T + bias; only the product is of the lower type, if there is one."""
+    if lower is None:
+        return F.linear(inputs, weight, bias)
+    return F.linear(inputs.to(lower), weight.to(lower)).to(inputs.dtype) + bias
 
 
 def _require_integer(name: str, value: int, minimum: int) -> None:
@@ -629,11 +646,14 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_memories, grad_last):
-        if torch.is_grad_enabled():
+        is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda tensor: False)
+        if torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in (grad_memories, grad_last)):
             raise RuntimeError(
-                "the fast path of RelationalMemory has no second derivative; set core.fast = False to use "
-                "the plain step, which has derivatives of any order"
+                "the fast path of RelationalMemory has no second derivative and no batched one; set "
+                "core.fast = False to use the plain step, which has derivatives of any order and kind"
             )
+        # Whoever used the results in another layout may hand back gradients in that layout.
+        grad_memories, grad_last = (g if g is None else g.contiguous() for g in (grad_memories, grad_last))
         memory, qkv_in, memories, *rest = ctx.saved_tensors
         end, tapes = len(rest), []
         for count, layout in reversed(ctx.layouts):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import relational_rnn_general
 from relational_rnn_general import RelationalMemory
@@ -248,17 +249,66 @@ def test_backward_twice_through_a_retained_graph(fast):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_autocast_keeps_memory_and_norms_in_float32_and_stays_near():
-    core = make_core(num_blocks=2, rough=0.1).float()
+@pytest.mark.parametrize("slots", [1, N])
+def test_memories_and_gradients_of_any_layout_equal_between_paths(slots):
+    """A learned start expanded over the batch, a transposed memory, a result used transposed."""
+    core = make_core(mem_slots=slots, num_blocks=2)
+    inputs = randn(B, T, INPUT)
+    learned = randn(1, slots, D, requires_grad=True)
+    turned = randn(slots, B, D, seed=2, requires_grad=True)
+    results = []
+    for core.fast in (False, True):
+        gradients = []
+        for memory in (learned.expand(B, -1, -1), turned.transpose(0, 1)):
+            outputs, final = core(inputs, memory)
+            loss = (final.permute(1, 2, 0).contiguous() * randn(slots, D, B, seed=3)).sum()
+            loss = loss + (outputs.permute(2, 0, 1).contiguous() * randn(slots * D, B, T, seed=4)).sum()
+            gradients += torch.autograd.grad(loss, (memory, *core.parameters()))
+        results.append(gradients)
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_autocast_lowers_products_alone(blocks):
+    """Memory, norms, attention and gates stay in float32; both paths stay near the exact result."""
+    core = make_core(num_blocks=blocks, rough=0.1).float()
     inputs = randn(B, T, INPUT).float()
     exact, _ = core(inputs)
+    results = []
+    for core.fast in (False, True):
+        core.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs, memory = core(inputs)
+            _, details = core.step(inputs[:, 0], memory, return_details=True)
+            loss = outputs.square().mean()
+        loss.backward()
+        inside = (outputs, memory, details.input_gate, details.attention[0])
+        assert {value.dtype for value in inside} == {torch.float32}
+        assert 0 < (outputs - exact).abs().max() < 0.1
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in core.parameters())
+        results.append(outputs.detach())
+    assert (results[0] - results[1]).abs().max() < 0.1
+    lower = torch.bfloat16
+    hoisted = core._hoist(inputs.transpose(0, 1).unsqueeze(2), core._scan_weights(lower), lower)
+    for value in hoisted[:2]:  # numbers of full precision, not lowered ones that were widened
+        assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float())
+
+
+def test_autocast_leaves_a_core_of_another_precision_alone():
+    core = make_core()
+    inputs = randn(B, T, INPUT)
+    expected, _ = core(inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs, memory = core(inputs)
-        loss = outputs.float().square().mean()
-    loss.backward()
-    assert outputs.dtype == memory.dtype == torch.float32
-    assert 0 < (outputs - exact).abs().max() < 0.1
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in core.parameters())
+        outputs, _ = core(inputs)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+
+
+def test_an_empty_batch_gives_empty_results(fast):
+    core = make_core()
+    core.fast = fast
+    outputs, memory = core(randn(0, T, INPUT))
+    assert outputs.shape == (0, T, N * D) and memory.shape == (0, N, D)
 
 
 # ---- Derivatives
@@ -315,7 +365,19 @@ def test_torch_func_transforms_equal_autograd():
         torch.testing.assert_close(transformed[name], parameter.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_every_parameter_and_the_given_memory_get_a_gradient(fast):
+def test_forward_mode_derivatives_are_right_and_batched_gradients_refused():
+    core = make_core(mem_slots=2, head_size=2, num_heads=2, key_size=3, input_size=3)
+    inputs, tangent = randn(B, T, 3), randn(B, T, 3, seed=2)
+    _, expected = torch.func.jvp(lambda x: core(x)[0], (inputs,), (tangent,))
+    with forward_ad.dual_level():
+        outputs, _ = core(forward_ad.make_dual(inputs, tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(outputs).tangent, expected)
+    outputs, _ = core(inputs.requires_grad_())
+    with pytest.raises(RuntimeError, match="core.fast = False"):
+        torch.autograd.grad(outputs, inputs, torch.ones(2, *outputs.shape).double(), is_grads_batched=True)
+
+
+def test_fault_6_every_parameter_and_the_given_memory_get_a_gradient(fast):
     """Rules out: memory detached inside forward, so that a given state gets no gradient."""
     core = make_core(num_blocks=3, attention_mlp_layers=2)
     core.fast = fast
@@ -375,7 +437,7 @@ def test_another_sequence_or_a_later_input_changes_nothing(fast):
 
 
 @pytest.mark.parametrize(("gate", "gate_size"), [("unit", 2 * D), ("memory", 2), (None, 0)])
-def test_parameter_count_equals_the_formula(gate, gate_size):
+def test_fault_1_parameter_count_equals_the_formula(gate, gate_size):
     """Rules out: one shared MLP layer; projections and norms shared by all blocks; trainable gate biases;
     norms over slots.
     """
@@ -389,13 +451,13 @@ def test_parameter_count_equals_the_formula(gate, gate_size):
         assert sum(p.numel() for p in core.parameters()) == expected
 
 
-def test_parameters_do_not_depend_on_the_slot_count():
+def test_fault_1_parameters_do_not_depend_on_the_slot_count():
     """Rules out: layer norm over slots and features together. Weights of one slot count load into another."""
     few, many = make_core(mem_slots=2), make_core(mem_slots=9, seed=1)
     many.load_state_dict(few.state_dict())
 
 
-def test_norms_work_on_single_rows(fast):
+def test_fault_1_norms_work_on_single_rows(fast):
     """Rules out: layer norm running over slots and features together. A row's value must not move another
     row's norm.
     """
@@ -410,7 +472,7 @@ def test_norms_work_on_single_rows(fast):
     torch.testing.assert_close(core(inputs, changed)[1][:, 1:], core(inputs, memory)[1][:, 1:])
 
 
-def test_last_mlp_layer_is_linear():
+def test_fault_1_last_mlp_layer_is_linear():
     """Rules out: a ReLU after the last MLP layer, which cannot put out negative numbers."""
     core = make_core(gate_style=None, attention_mlp_layers=1)
     with torch.no_grad():
@@ -466,7 +528,7 @@ def test_multi_dimensional_inputs_are_flattened(fast):
     torch.testing.assert_close(core(inputs)[0], core(inputs.flatten(2))[0], rtol=0, atol=0)
 
 
-def test_input_rows_are_attended_each_by_itself(fast):
+def test_fault_6_input_rows_are_attended_each_by_itself(fast):
     """Rules out: input as a matrix of rows being unusable. Permuted input rows change only what the gates
     see.
     """
