@@ -27,9 +27,10 @@ class CapturedStep:
           (`.item()`, printing);
         * what it changes from call to call is in tensors that stay in place: a learning rate as a tensor,
           `add_` to a sum;
-        * gradients are set to None before backward, so that the recorded backward writes them and does not
-          add to them;
-        * Adam with `capturable=True`.
+        * it sets gradients to None before its backward, so that the recorded backward writes them and does
+          not add to them;
+        * Adam with `capturable=True`;
+        * its inputs are on the device.
     Its results are overwritten by the next call: use or copy them before.
 
     Args:
@@ -38,6 +39,9 @@ class CapturedStep:
         enabled: False calls it eagerly everywhere.
         generators: the random generators that it draws from, besides the device's default one.
         on_failure: told why, in one line, when recording fails; the function is called eagerly from then on.
+
+    Raises:
+        ValueError: at the recording, an input that is not a tensor on the device.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class CapturedStep:
         on_failure: Callable[[str], None] = print,
     ):
         self.function = function
+        self.device = device
         self.generators = list(generators)
         self.on_failure = on_failure
         self.enabled = enabled and device.type == "cuda"
@@ -81,20 +86,45 @@ class CapturedStep:
         return outputs
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Records the function without running it. False, with the reason told, if that cannot be done."""
+        """Records the function without running it. False, with the reason told, if that cannot be done.
+
+        A failure half-way leaves the weights as they were, as nothing has run; gradients may be memory that was
+        never written, which the function's next call sets to None.
+        """
+        for number, given in enumerate(inputs):
+            # A copy from the host would be recorded with its present address, or not at all.
+            if not isinstance(given, Tensor) or given.device.type != self.device.type:
+                found = f"on {given.device}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+                raise ValueError(f"input {number} of a captured step must be a tensor on {self.device}, got {found}")
         self.inputs = tuple(given.clone() for given in inputs)
         try:
             graph = torch.cuda.CUDAGraph()
             for generator in self.generators:
                 graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=self.stream):
+            # torch.cuda.graph leaves its stream the current one when the capture's end fails; the outer `with`
+            # does not.
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         except (RuntimeError, AttributeError) as error:  # what torch raises when CUDA refuses
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            self.enabled, self.outputs = False, None
+            self.enabled, self.inputs, self.outputs = False, (), None
+            self._release_generators()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.on_failure(f"the step cannot be captured as a CUDA graph ({reason}); going on without")
             return False
         self.graph = graph
         return True
+
+    def _release_generators(self) -> None:
+        """Takes random generators out of the capture in which a failed end leaves them.
+
+        In it they refuse to draw eagerly. A clone has the same seed and offset, and is in no capture.
+        """
+        generators = self.generators
+        if self.device.type == "cuda":
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            generators = [*generators, torch.cuda.default_generators[index]]
+        for generator in generators:
+            if generator.device.type == "cuda":
+                generator.graphsafe_set_state(generator.clone_state())

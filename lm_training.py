@@ -36,7 +36,7 @@ MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNL
 SCRIPTS = ("train_rmc", "train_rnn")
 LOWER_MEMORY = "--batch_size or --bptt, or use --adaptivesoftmax"
 
-# A plateau of this many epochs without a better validation loss halves the learning rate.
+# More than this many epochs in a row without a better validation loss halve the learning rate.
 PATIENCE = 5
 LR_FACTOR = 0.5
 
@@ -97,8 +97,8 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         "--schedule",
         choices=("plateau", "cosine"),
         default="plateau",
-        help=f"plateau: halve the learning rate when the validation loss has not improved for {PATIENCE} "
-        "epochs; cosine: lower it step by step, to 0 at the end of the last epoch",
+        help=f"plateau: halve the learning rate after more than {PATIENCE} epochs with no better validation "
+        "loss; cosine: lower it step by step, to 0 at the end of the last epoch",
     )
     training.add_argument(
         "--warmup",
@@ -200,6 +200,15 @@ def dropouts(args: argparse.Namespace) -> dict[str, float]:
         if hasattr(args, name)
     }
     return {name: args.dropout if value is None else value for name, value in given.items()}
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """UserError for a flag that would mean nothing."""
+    if args.warmup and args.schedule != "cosine":
+        raise UserError(
+            f"--warmup {args.warmup} was given without --schedule cosine, where it means nothing. "
+            "Add --schedule cosine or leave --warmup away."
+        )
 
 
 def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | None:
@@ -373,7 +382,10 @@ class Position:
 
 
 class ForwardTimer:
-    """Times the forward passes: by the clock on a CPU, by events on a GPU, which lags behind the host."""
+    """Times the forward passes: by the clock on a CPU, by events on a GPU, which works behind the host.
+
+    In training, the output layer makes its gradients in the forward pass already: these times hold it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -394,10 +406,13 @@ class ForwardTimer:
         if start is not None:
             self.spans.append((start, self.now()))
 
-    def mean_ms(self) -> float | None:
-        """Mean length of the spans in ms, None without any; forgets them. To be called after the work."""
+    def mean_ms(self, steps: int) -> float | None:
+        """Mean length of the spans in ms, and forgets them; None unless each of the steps had one.
+
+        To be called when the device has finished.
+        """
         spans, self.spans = self.spans, []
-        if not spans:
+        if len(spans) < max(steps, 1):
             return None
         lengths = [start.elapsed_time(end) if self.on_gpu else 1000 * (end - start) for start, end in spans]
         return sum(lengths) / len(lengths)
@@ -431,7 +446,7 @@ class Trainer:
             model.parameters(), lr=self.lr_tensor if on_gpu else args.lr, fused=True, capturable=on_gpu
         )
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=LR_FACTOR, patience=PATIENCE
+            self.optimizer, factor=LR_FACTOR, patience=PATIENCE, threshold=0.0
         )
         self.fingerprint = fingerprint(corpus)
         self.at = Position()
@@ -439,7 +454,7 @@ class Trainer:
         self.state = model.initial_state(args.batch_size)
         # Adaptive softmax looks up which words are where, for which the host waits; replicas need threads.
         self.full_window = CapturedStep(
-            self.train_window,
+            functools.partial(self.train_window, count=args.batch_size * args.bptt),
             device,
             enabled=not (args.no_cuda_graph or args.adaptivesoftmax) and self.replicas is model,
             on_failure=runs.warn,
@@ -501,8 +516,10 @@ class Trainer:
         stop = self.at.place + tokens.shape[1]
         count = self.targets_before(stop) - self.targets_before(self.at.place)
         # Only windows that are full have the shape of the captured step; the last one of an epoch may not.
-        step = self.full_window if count == self.args.batch_size * self.args.bptt else self.train_window
-        step(tokens, targets, torch.tensor(float(count)))
+        if count == self.args.batch_size * self.args.bptt:
+            self.full_window(tokens, targets)
+        else:
+            self.train_window(tokens, targets, count)
         self.at.place = stop
         self.at.step += 1
         self.at.interval_steps += 1
@@ -510,8 +527,8 @@ class Trainer:
         self.timed_steps += 1
         self.timed_tokens += count
 
-    def train_window(self, tokens: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> None:
-        """The work of a step, on tensors alone and without waiting for the device; count targets count."""
+    def train_window(self, tokens: torch.Tensor, targets: torch.Tensor, count: int) -> None:
+        """The work of a step, without waiting for the device; `count` of the targets are scored."""
         started = self.timer.now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             nats, state = self.replicas(tokens, targets, self.state)
@@ -536,7 +553,7 @@ class Trainer:
         loss = nats / self.at.interval_tokens
         speed = {
             "ms_per_batch": 1000 * elapsed / max(self.timed_steps, 1),
-            "forward_ms_per_batch": self.timer.mean_ms(),
+            "forward_ms_per_batch": self.timer.mean_ms(self.timed_steps),
             "tokens_per_second": self.timed_tokens / elapsed,
         }
         self.write(
@@ -756,6 +773,7 @@ def run(
     """
     apply_recipe(parser, argv, recipes)
     args = runs.parse_arguments(parser, argv, script, may_change=("epochs", "data", "evaluate"))
+    check_schedule(args)
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
@@ -783,6 +801,8 @@ def run(
         last = folder / "last.pt"
         if last.exists():  # else it was killed before its first save: begin again, same seed
             trainer.restore(runs.load_checkpoint(last))
+        if args.schedule == "cosine" and "epochs" in runs.given_arguments(parser, argv):
+            runs.warn("with another number of --epochs, the cosine schedule goes on along another curve")
         runs.note_resume(folder, args, argv)
         runs.RunLog(folder / "log.jsonl").write("resume", epoch=trainer.at.epoch, step=trainer.at.step)
         print(

@@ -13,6 +13,8 @@ n = K - 1 the answer is m itself, at distance 0 from itself.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,7 +86,7 @@ class NthFarthestModel(nn.Module):
         input_scale: factor on the vectors' coordinates (not on the one-hot parts). The paper's is 1.
         memory_scale: factor on the identity that the memory starts as. The paper's is 1.
 
-    The unused core's settings are ignored.
+    The unused core's settings decide nothing.
 
     Raises:
         ValueError: an argument outside its range; the message names it.
@@ -111,6 +113,19 @@ class NthFarthestModel(nn.Module):
         memory_scale: float = 1.0,
     ):
         super().__init__()
+        for name, value in {
+            "num_vectors": num_vectors,
+            "num_dims": num_dims,
+            "hidden_size": hidden_size,
+            "head_layers": head_layers,
+            "head_units": head_units,
+        }.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name, value in {"input_scale": input_scale, "memory_scale": memory_scale}.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
         # What rebuilds the model, as plain data for a checkpoint.
         self.config = {
             "num_vectors": num_vectors,
@@ -195,7 +210,7 @@ class NthFarthestModel(nn.Module):
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int) -> Tensor:
+def is_correct(model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int) -> Tensor:
     """Which examples the model gets right, (B,) bool, in pieces of batch_size."""
     pieces = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
     return torch.cat([model(part).argmax(dim=1) == answers for part, answers in pieces])

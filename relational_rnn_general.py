@@ -621,6 +621,12 @@ class _NoTape(_Tape):
         pass
 
 
+_REFUSAL = (
+    "the fast path of RelationalMemory has no second derivative and no batched one; set core.fast = False "
+    "to use the plain step, which has derivatives of any order and kind"
+)
+
+
 class _Scan(torch.autograd.Function):
     """All time steps of the core from hoisted input parts, forward and backward pass by hand.
 
@@ -646,12 +652,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_memories, grad_last):
-        is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda tensor: False)
-        if torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in (grad_memories, grad_last)):
-            raise RuntimeError(
-                "the fast path of RelationalMemory has no second derivative and no batched one; set "
-                "core.fast = False to use the plain step, which has derivatives of any order and kind"
-            )
+        if torch.is_grad_enabled():
+            raise RuntimeError(_REFUSAL)
         # Whoever used the results in another layout may hand back gradients in that layout.
         grad_memories, grad_last = (g if g is None else g.contiguous() for g in (grad_memories, grad_last))
         memory, qkv_in, memories, *rest = ctx.saved_tensors
@@ -661,9 +663,22 @@ class _Scan(torch.autograd.Function):
             end -= count
         weights = _Weights.group(ctx.shape, rest[:end])
         with torch.autocast(memory.device.type, enabled=False):
-            gradients = _scan_backward(
-                ctx.shape, weights, tapes, ctx.deferred, memory, qkv_in, memories, grad_memories, grad_last
-            )
+            try:
+                gradients = _scan_backward(
+                    ctx.shape,
+                    weights,
+                    tapes,
+                    ctx.deferred,
+                    memory,
+                    qkv_in,
+                    memories,
+                    grad_memories,
+                    grad_last,
+                )
+            except RuntimeError as error:
+                if "atching rule" in str(error):        # torch's vmap over the gradients
+                    raise RuntimeError(_REFUSAL) from error
+                raise
         return None, *gradients
 
 

@@ -181,7 +181,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         type=non_negative_float,
         default=10.0,
         metavar="MINUTES",
-        help="also save last.pt this often within an epoch; 0 = only after each epoch",
+        help="save last.pt this often, besides after each epoch (where there are epochs) and at the end; 0 = only then",
     )
     group.add_argument(
         "--resume",
@@ -823,7 +823,7 @@ class Interrupts:
 
 
 class Alarm:
-    """Says when the next timed save is due."""
+    """Says when something timed is due: the next save, or the end of a session."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = minutes * 60

@@ -26,7 +26,7 @@ from nth_farthest import (
     MODELS,
     NthFarthestModel,
     accuracy_by_rank,
-    count_correct,
+    is_correct,
     loss_and_correct,
     make_batch,
     question_of,
@@ -50,7 +50,9 @@ HOLD = 3  # evaluations in a row that must reach --target-accuracy
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=runs.HelpFormatter, allow_abbrev=False
+    )
     task = parser.add_argument_group("task")
     task.add_argument(
         "--num-vectors",
@@ -394,15 +396,7 @@ class Trainer:
         )
         at.times_on_target = at.times_on_target + 1 if test_accuracy >= args.target_accuracy else 0
         if test_accuracy > at.best_accuracy:
-            at.best_accuracy, at.best_step = test_accuracy, at.step
-            runs.try_save_checkpoint(
-                self.folder / "best.pt",
-                {
-                    **describe_model(self.model),
-                    "args": vars(args),
-                    "scores": {"step": at.step, "test_accuracy": test_accuracy},
-                },
-            )
+            self.save_best(test_accuracy)
         at.interval_steps = 0
         self.sums.zero_()
         self.start_interval()
@@ -412,11 +406,10 @@ class Trainer:
         self.interval_clock, self.timed_steps = time.perf_counter(), 0
 
     def test(self) -> float:
-        """Accuracy on the test set."""
+        """Accuracy on the test set, not in bfloat16: as the final report measures it."""
         inputs, targets = self.test_set
         self.model.eval()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            correct = count_correct(self.model, inputs, targets, self.args.batch_size)
+        correct = is_correct(self.model, inputs, targets, self.args.batch_size)
         self.model.train()
         return correct.double().mean().item()
 
@@ -437,6 +430,37 @@ class Trainer:
 
     # -- checkpoints
 
+    def save_best(self, accuracy: float) -> None:
+        """Writes best.pt and takes its accuracy as the one to beat: both or neither, so that they agree."""
+        saved = runs.try_save_checkpoint(
+            self.folder / "best.pt",
+            {
+                **describe_model(self.model),
+                "args": vars(self.args),
+                "scores": {"step": self.at.step, "test_accuracy": accuracy},
+            },
+        )
+        if saved:
+            self.at.best_accuracy, self.at.best_step = accuracy, self.at.step
+
+    def restore_best(self, folder: Path) -> None:
+        """Takes best.pt's own accuracy as the one to beat: of a run that was killed it may be newer than last.pt.
+
+        Raises:
+            UserError: best.pt cannot be read.
+        """
+        path = folder / "best.pt"
+        self.at.best_accuracy, self.at.best_step = Position.best_accuracy, Position.best_step
+        if not path.exists():
+            return
+        try:
+            scores = runs.load_checkpoint(path)["scores"]
+            self.at.best_accuracy, self.at.best_step = float(scores["test_accuracy"]), int(scores["step"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path} does not say how good it is. Was it altered? Move it away to go on without it."
+            ) from None
+
     def save_last(self) -> None:
         """Writes last.pt: everything that the next step depends on."""
         self.check_finite()
@@ -456,7 +480,7 @@ class Trainer:
         )
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Puts back what `save_last` wrote.
+        """Puts back what `save_last` wrote; warns where the run will not go on as it would have.
 
         Raises:
             UserError: the checkpoint does not fit this run.
@@ -475,6 +499,10 @@ class Trainer:
                     "its examples go on with other numbers"
                 )
             runs.restore_random_states(checkpoint["random"])
+            before = argparse.Namespace(**checkpoint["args"])
+            if before.target_accuracy != self.args.target_accuracy:
+                self.at.times_on_target = 0  # they were on another target
+            old, new = (learning_rate(self.at.step + 1, args) for args in (before, self.args))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if runs.is_out_of_memory(error):
                 raise
@@ -482,6 +510,11 @@ class Trainer:
                 f"last.pt does not fit this run ({str(error).splitlines()[0]}). Was it altered? "
                 "Start a new run."
             ) from None
+        if old != new:
+            runs.warn(
+                f"--steps is now {self.args.steps:,}, not {before.steps:,}, and with it the cosine: at step "
+                f"{self.at.step + 1:,} the learning rate jumps from {old:.3g} to {new:.3g}"
+            )
         # The state dict brought its own learning rate, and the settings of the device it was saved on.
         self.optimizer.param_groups[0].update(lr=self.lr, capturable=self.device.type == "cuda")
 
@@ -533,12 +566,14 @@ def load_model(checkpoint: dict[str, Any], device: torch.device | str = "cpu") -
 
 
 def final_report(folder: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
-    """Measures best.pt on fresh examples, in float32, and draws its attention on one of them.
+    """Measures best.pt on fresh examples, and draws its attention on one of them.
+
+    Never in bfloat16; on a GPU the products' factors are rounded to TF32 unless the run has --strict-float32.
 
     Args:
         folder: the run's.
         args: the run's.
-        device: where to compute.
+        device: where to compute, as `runs.choose_device` has set it up for the run's precision.
 
     Returns:
         what was printed, None if there is no best.pt: best_step, accuracy, accuracy_by_n, examples.
@@ -550,7 +585,7 @@ def final_report(folder: Path, args: argparse.Namespace, device: torch.device) -
     checkpoint = runs.load_checkpoint(path, device)
     model = load_model(checkpoint, device)
     inputs, targets = fixed_test_set(args, FINAL_TEST_SEED, FINAL_TEST_FACTOR * args.test_examples, device)
-    correct = count_correct(model, inputs, targets, args.batch_size)
+    correct = is_correct(model, inputs, targets, args.batch_size)
     by_rank = accuracy_by_rank(correct, question_of(inputs, args.num_vectors)[0], args.num_vectors)
     accuracy, step = correct.double().mean().item(), checkpoint["scores"]["step"]
     say(f"best model (step {step:,}): accuracy {accuracy:.2%} on {len(targets):,} fresh examples; by n:")
@@ -604,9 +639,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(args.resume)
         if (folder / "last.pt").exists():  # else it was killed before its first save: begin again, same seed
             trainer.restore(runs.load_checkpoint(folder / "last.pt", device))
+        trainer.restore_best(folder)
         runs.note_resume(folder, args, argv)
         runs.RunLog(folder / "log.jsonl").write("resume", step=trainer.at.step)
         print(f"run folder: {folder}, resumed at step {trainer.at.step:,}", flush=True)
+        if trainer.at.times_on_target >= HOLD:
+            say(
+                f"nothing to train: the test accuracy has reached --target-accuracy {args.target_accuracy:g} "
+                f"{HOLD} times in a row. To go on, give a higher one too."
+            )
+        elif trainer.finished():
+            say(f"nothing to train: all {args.steps:,} steps are done. To go on, give more --steps.")
 
     try:
         outcome = trainer.train(folder)
@@ -628,11 +671,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Measures the best model of a run folder, with the run's own arguments, on the device asked for now."""
+    """Measures the best model of a run, with its own arguments and precision, on the device asked for now."""
     folder = Path(args.evaluate)
     of_run = runs.parse_arguments(parser, ["--resume", str(folder)], SCRIPT)
     of_run.cuda, of_run.threads = args.cuda, args.threads
-    final_report(folder, of_run, runs.choose_device(args.cuda, args.threads, args.strict_float32))
+    final_report(folder, of_run, runs.choose_device(of_run.cuda, of_run.threads, of_run.strict_float32))
     return 0
 
 

@@ -117,7 +117,7 @@ class Story:
         return self.children[1 - self.children.index(child)]
 
     def begin(self) -> None:
-        """Name the children, their things and their order."""
+        """Name the children, the thing that one of them has, and their order."""
         tell = self.tell
         tell.say("one")
         tell.pick(WEATHER)

@@ -430,3 +430,48 @@ def test_bf16_trains_in_lower_precision_and_evaluates_in_full(tmp_path, kind):
     assert lower.state.dtype == torch.float32
     assert lower.at.epoch_nats != exact.at.epoch_nats
     assert lower.at.epoch_nats == pytest.approx(exact.at.epoch_nats, rel=0.02)
+
+
+def test_learning_rate_stays_one_tensor_where_it_is_one(tmp_path):
+    """As a captured step needs it on a GPU: through the schedule, the setter and a resume."""
+
+    def with_tensor(*flags):
+        trainer = make_trainer(tmp_path, "rnn", "--lr", "0.004", *flags)
+        trainer.lr_tensor = trainer.optimizer.param_groups[0]["lr"] = torch.tensor(0.004)
+        return trainer
+
+    trainer = with_tensor()
+    group = trainer.optimizer.param_groups[0]
+    trainer.train_epoch()
+    for loss in [5.0] + [6.0] * (lm_training.PATIENCE + 1):
+        assert trainer.lr == 0.004
+        trainer.step_schedule(loss)
+    assert trainer.lr == 0.002 and group["lr"] is trainer.lr_tensor
+    trainer.folder = tmp_path
+    assert trainer.save_last()
+    again = with_tensor()
+    again.restore(runs.load_checkpoint(tmp_path / "last.pt"))
+    assert again.lr == 0.002 and again.optimizer.param_groups[0]["lr"] is again.lr_tensor
+    assert again.optimizer.param_groups[0]["capturable"]
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_every_epoch_starts_from_the_initial_state(tmp_path, kind):
+    trainer = make_trainer(tmp_path, kind, "--lr", "1e-30", "--dropout", "0", "--epochs", "2")
+    trainer.train(tmp_path)
+    first, second = (e["train_loss"] for e in runs.read_log(tmp_path / "log.jsonl") if e["event"] == "valid")
+    assert first == second
+
+
+def test_forward_time_is_given_only_if_every_step_was_timed():
+    timer = lm_training.ForwardTimer(torch.device("cpu"))
+    timer.span(timer.now())
+    assert timer.mean_ms(2) is None and timer.mean_ms(0) is None
+    timer.span(timer.now())
+    assert timer.mean_ms(1) >= 0
+
+
+def test_warmup_without_the_schedule_that_has_one_is_refused():
+    args = train_rnn.build_parser().parse_args(["--warmup", "3"])
+    with pytest.raises(UserError, match="--warmup 3 was given without --schedule cosine"):
+        lm_training.check_schedule(args)
