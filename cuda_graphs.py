@@ -53,7 +53,7 @@ class CapturedStep:
         on_failure: Callable[[str], None] = print,
     ):
         self.function = function
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0', as tensors have it
         self.generators = list(generators)
         self.on_failure = on_failure
         self.enabled = enabled and device.type == "cuda"
@@ -88,21 +88,20 @@ class CapturedStep:
     def _capture(self, inputs: tuple[Tensor, ...]) -> bool:
         """Records the function without running it. False, with the reason told, if that cannot be done.
 
-        A failure half-way leaves the weights as they were, as nothing has run; gradients may be memory that was
-        never written, which the function's next call sets to None.
+        A failure half-way leaves the weights as they were, as nothing has run. Gradients may then be memory
+        that was never written; the function's next call sets them to None.
         """
         for number, given in enumerate(inputs):
             # A copy from the host would be recorded with its present address, or not at all.
-            if not isinstance(given, Tensor) or given.device.type != self.device.type:
-                found = f"on {given.device}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-                raise ValueError(f"input {number} of a captured step must be a tensor on {self.device}, got {found}")
+            if not isinstance(given, Tensor) or given.device != self.device:
+                found = f"one on {given.device}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+                raise ValueError(f"input {number} of a captured step must be on {self.device}, got {found}")
         self.inputs = tuple(given.clone() for given in inputs)
         try:
             graph = torch.cuda.CUDAGraph()
             for generator in self.generators:
                 graph.register_generator_state(generator)
-            # torch.cuda.graph leaves its stream the current one when the capture's end fails; the outer `with`
-            # does not.
+            # The outer `with`: torch.cuda.graph alone leaves its stream the current one when its end fails.
             with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         except (RuntimeError, AttributeError) as error:  # what torch raises when CUDA refuses
@@ -123,8 +122,7 @@ class CapturedStep:
         """
         generators = self.generators
         if self.device.type == "cuda":
-            index = torch.cuda.current_device() if self.device.index is None else self.device.index
-            generators = [*generators, torch.cuda.default_generators[index]]
+            generators = [*generators, torch.cuda.default_generators[self.device.index]]
         for generator in generators:
             if generator.device.type == "cuda":
                 generator.graphsafe_set_state(generator.clone_state())

@@ -181,7 +181,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         type=non_negative_float,
         default=10.0,
         metavar="MINUTES",
-        help="save last.pt this often, besides after each epoch (where there are epochs) and at the end; 0 = only then",
+        help="save last.pt this often too, besides after each epoch (if the task has any) and at the end; "
+        "0 = only then",
     )
     group.add_argument(
         "--resume",

@@ -204,7 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--evaluate",
         default=None,
         metavar="RUN_FOLDER",
-        help="train nothing: accuracy by n and picture of the attention of a run's best.pt",
+        help="train nothing: accuracy by n and picture of the attention of a run's best.pt, "
+        "in that run's precision",
     )
     runs.add_precision_flags(runs.add_run_flags(parser))
     return parser
@@ -444,7 +445,7 @@ class Trainer:
             self.at.best_accuracy, self.at.best_step = accuracy, self.at.step
 
     def restore_best(self, folder: Path) -> None:
-        """Takes best.pt's own accuracy as the one to beat: of a run that was killed it may be newer than last.pt.
+        """Takes best.pt's own accuracy as the one to beat: after a kill it may be newer than last.pt.
 
         Raises:
             UserError: best.pt cannot be read.
@@ -499,7 +500,7 @@ class Trainer:
                     "its examples go on with other numbers"
                 )
             runs.restore_random_states(checkpoint["random"])
-            before = argparse.Namespace(**checkpoint["args"])
+            before = argparse.Namespace(**{**vars(self.args), **checkpoint["args"]})
             if before.target_accuracy != self.args.target_accuracy:
                 self.at.times_on_target = 0  # they were on another target
             old, new = (learning_rate(self.at.step + 1, args) for args in (before, self.args))
@@ -646,7 +647,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if trainer.at.times_on_target >= HOLD:
             say(
                 f"nothing to train: the test accuracy has reached --target-accuracy {args.target_accuracy:g} "
-                f"{HOLD} times in a row. To go on, give a higher one too."
+                f"{HOLD} times in a row. To go on, give a higher one (--steps alone does not help)."
             )
         elif trainer.finished():
             say(f"nothing to train: all {args.steps:,} steps are done. To go on, give more --steps.")

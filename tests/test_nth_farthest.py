@@ -22,7 +22,7 @@ from cuda_graphs import CapturedStep
 from nth_farthest import (
     NthFarthestModel,
     accuracy_by_rank,
-    count_correct,
+    is_correct,
     loss_and_correct,
     make_batch,
     question_of,
@@ -161,7 +161,7 @@ def test_knowing_only_that_scores_the_plateau():
     assert abs(score - 2 / K) < 0.01
 
 
-def test_generation_is_a_small_part_of_a_training_step():
+def test_fault_2_generation_is_a_small_part_of_a_training_step():
     """A fault of the 2018 port: examples were generated one by one in NumPy."""
     B, K, D = 100, 8, 16
     model = NthFarthestModel(K, D)
@@ -199,7 +199,7 @@ def test_defaults_are_the_papers():
     assert script.build_model(args).config == {**model.config, "key_size": None}
 
 
-def test_loss_takes_logits_not_probabilities():
+def test_fault_2_loss_takes_logits_not_probabilities():
     """A fault of the 2018 port: softmax before cross-entropy, which bounds the loss away from 0."""
     inputs, targets = batch(13, 3, 2)
     model = tiny_model()
@@ -215,7 +215,7 @@ def test_loss_takes_logits_not_probabilities():
 
 
 @pytest.mark.parametrize("kind", ["rmc", "lstm"])
-def test_a_few_examples_are_learned_to_zero_loss(kind):
+def test_fault_2_a_few_examples_are_learned_to_zero_loss(kind):
     """The same fault from end to end: with a second softmax the loss of 3 classes cannot fall below 0.55."""
     inputs, targets = batch(8, 3, 2)
     model = tiny_model(model=kind, head_layers=2, head_units=32)
@@ -276,11 +276,26 @@ def test_accuracy_by_rank():
     assert by_rank[:3] == [0.5, 0.0, 1.0] and math.isnan(by_rank[3])
 
 
-def test_counting_in_pieces_changes_nothing():
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, None])
+@pytest.mark.parametrize("name", ["num_vectors", "num_dims", "hidden_size", "head_layers", "head_units"])
+def test_sizes_are_checked(name, value):
+    sizes = {"num_vectors": 3, "num_dims": 2, "hidden_size": 6, "head_layers": 2, "head_units": 7}
+    with pytest.raises(ValueError, match=f"^{name} must be an integer of at least 1, got {value}"):
+        NthFarthestModel(**{**sizes, name: value}, model="lstm")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "3", True, None])
+@pytest.mark.parametrize("name", ["input_scale", "memory_scale"])
+def test_scales_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be a finite number above 0, got {value!r}"):
+        tiny_model(**{name: value})
+
+
+def test_judging_in_pieces_changes_nothing():
     inputs, targets = batch(50, 3, 2)
     model = tiny_model()
     whole = model(inputs).argmax(1) == targets
-    assert torch.equal(count_correct(model, inputs, targets, 7), whole)
+    assert torch.equal(is_correct(model, inputs, targets, 7), whole)
 
 
 # ---- flags
@@ -337,12 +352,13 @@ def test_mistakes_are_told(flags, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--num-vectors 1", "--steps 0", "--lr nan", "--target-accuracy 2", "--model gru"]
+    "flags", ["--num-vectors 1", "--steps 0", "--lr nan", "--target-accuracy 2", "--model gru", "--step 3"]
 )
 def test_senseless_values_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         script.main(flags.split())
-    assert flags.split()[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert flags.split()[0] in error and error.startswith("usage: train_nth_farthest.py ")
 
 
 # ---- the schedule
@@ -449,6 +465,32 @@ def test_the_test_set_is_the_same_for_every_seed_and_not_trained_on():
         script.Trainer(tiny_model(), other, cpu).test_set[0],
     )
 
+    def trained_on(seed):
+        """The vectors of the batches that a trainer of this seed draws, as the script draws them."""
+        args = script.build_parser().parse_args([*TINY, "--seed", str(seed)])
+        trainer, drawn = script.Trainer(tiny_model(), args, cpu), []
+
+        def spy(*arguments):
+            drawn.append(make_batch(*arguments))
+            return drawn[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "make_batch", spy)
+            for _ in range(20):
+                trainer.step()
+        assert len(drawn) == 20 and all(inputs.shape == (11, 3, 11) for inputs, _ in drawn)
+        return vectors_in(torch.cat([inputs for inputs, _ in drawn]))
+
+    def vectors_in(inputs):
+        return set(map(tuple, inputs[..., :2].flatten(0, 1).tolist()))
+
+    for seed, examples in ((script.TEST_SEED, 50), (script.FINAL_TEST_SEED, 200)):
+        tested = vectors_in(script.fixed_test_set(args, seed, examples, cpu)[0])
+        assert len(tested) == 3 * examples
+        for usual in (args.seed, other.seed, script.build_parser().get_default("seed")):
+            assert not tested & trained_on(usual)
+        assert len(tested & trained_on(seed)) >= 3 * 11  # what it would look like
+
 
 @pytest.mark.parametrize("stopped_at", [5, 8])
 def test_resuming_equals_never_stopping(tmp_path, monkeypatch, stopped_at):
@@ -495,7 +537,108 @@ def test_a_finished_run_can_be_lengthened(tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_run_saves_itself_and_shows_its_curve_while_it_goes(tmp_path, monkeypatch):
+def steps_logged(folder):
+    return [event["step"] for event in runs.read_log(folder / "log.jsonl") if event["event"] == "train"]
+
+
+def test_a_run_that_held_its_target_goes_on_to_a_higher_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.Trainer, "test", lambda self: 0.9)
+    _, folder = train(tmp_path, "--steps", 100, "--target-accuracy", 0.9)
+    assert steps_logged(folder) == [5, 10, 15]
+    capsys.readouterr()
+
+    for flags in ([], ["--steps", "1000"]):
+        assert script.main(["--resume", str(folder), *flags]) == 0
+        assert (
+            "nothing to train: the test accuracy has reached --target-accuracy 0.9" in capsys.readouterr().out
+        )
+        assert steps_logged(folder) == [5, 10, 15]
+
+    scores = iter([0.95, 0.95, 0.9, 0.95, 0.95, 0.95])
+    monkeypatch.setattr(script.Trainer, "test", lambda self: next(scores))
+    script.main(["--resume", str(folder), "--target-accuracy", "0.95"])
+    assert "nothing to train" not in capsys.readouterr().out
+    assert steps_logged(folder) == [5, 10, 15, 20, 25, 30, 35, 40, 45]
+
+
+def test_resuming_a_run_whose_steps_are_done_says_so(tmp_path, capsys):
+    _, folder = train(tmp_path, "--steps", 5)
+    capsys.readouterr()
+    script.main(["--resume", str(folder)])
+    assert "nothing to train: all 5 steps are done. To go on, give more --steps." in capsys.readouterr().out
+
+
+def test_a_target_partly_held_is_still_held_after_an_interrupt(tmp_path, monkeypatch):
+    monkeypatch.setattr(script.Trainer, "test", lambda self: 0.9)
+    monkeypatch.setattr(script.Trainer, "train_step", stop_after(12, script.Trainer.train_step))
+    _, folder = train(tmp_path, "--steps", 100, "--target-accuracy", 0.9)
+    script.main(["--resume", str(folder)])
+    assert steps_logged(folder) == [5, 10, 15]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "warning"),
+    [
+        # 0.01 (1 + cos(11 pi / 20)) / 2
+        ("cosine", "20", "at step 11 the learning rate jumps from 0 to 0.00422"),
+        ("cosine", "10", None),
+        ("constant", "20", None),
+    ],
+)
+def test_a_cosine_of_another_length_is_warned_of(tmp_path, capsys, schedule, steps, warning):
+    _, folder = train(tmp_path, "--steps", 10, "--schedule", schedule)
+    capsys.readouterr()
+    script.main(["--resume", str(folder), "--steps", steps])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warning in warnings[0]
+
+
+def test_best_accuracy_and_best_pt_agree_when_the_disk_is_full(tmp_path, monkeypatch):
+    """An accuracy whose model was not written must not keep a later, lower one from being written."""
+    scores, real = iter([0.5, 0.9, 0.7]), runs.save_checkpoint
+    monkeypatch.setattr(script.Trainer, "test", lambda self: next(scores))
+
+    def full_for_a_while(path, contents):
+        if Path(path).name == "best.pt" and contents["scores"]["step"] == 10:
+            raise OSError("No space left on device")
+        real(path, contents)
+
+    monkeypatch.setattr(runs, "save_checkpoint", full_for_a_while)
+    _, folder = train(tmp_path, "--steps", 15)
+    assert runs.load_checkpoint(folder / "best.pt")["scores"] == {"step": 15, "test_accuracy": 0.7}
+    position = runs.load_checkpoint(folder / "last.pt")["position"]
+    assert (position["best_accuracy"], position["best_step"]) == (0.7, 15)
+
+
+@pytest.mark.parametrize("lost", [None, "best.pt", "last.pt"])
+def test_after_a_kill_best_pt_says_itself_what_is_to_beat(tmp_path, monkeypatch, lost):
+    """best.pt is from step 10, last.pt from step 5, or one of them is not there."""
+    accuracies = {5: 0.5, 10: 0.9, 15: 0.7}
+    monkeypatch.setattr(script.Trainer, "test", lambda self: accuracies[self.at.step])
+    _, folder = train(tmp_path, "--steps", 5)
+    early = (folder / "last.pt").read_bytes()
+    script.main(["--resume", str(folder), "--steps", "10"])
+    (folder / "last.pt").write_bytes(early)
+    if lost:
+        (folder / lost).unlink()
+    accuracies[10] = 0.6  # as on another device, where the same steps go a little differently
+    script.main(["--resume", str(folder), "--steps", "15"])
+    best = {"step": 15, "test_accuracy": 0.7} if lost == "best.pt" else {"step": 10, "test_accuracy": 0.9}
+    assert runs.load_checkpoint(folder / "best.pt")["scores"] == best
+    assert runs.load_checkpoint(folder / "last.pt")["position"]["best_step"] == best["step"]
+
+
+def test_a_best_pt_without_scores_is_refused(tmp_path):
+    _, folder = train(tmp_path, "--steps", 5)
+    contents = runs.load_checkpoint(folder / "best.pt")
+    del contents["scores"]
+    runs.save_checkpoint(folder / "best.pt", contents)
+    with pytest.raises(runs.UserError, match="does not say how good it is"):
+        script.main(["--resume", str(folder), "--steps", "10"])
+
+
+def test_fault_2_a_run_saves_itself_and_shows_its_curve_while_it_goes(tmp_path, monkeypatch):
     """Faults of the 2018 port: it never saved anything and plotted after 10 million epochs."""
     seen = []
 
@@ -585,6 +728,30 @@ def test_evaluate_measures_a_finished_run(tmp_path, capsys):
     assert (folder / "log.jsonl").read_bytes() == log
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_evaluate_takes_its_precision_from_the_run(tmp_path, monkeypatch, strict):
+    _, folder = train(tmp_path, "--steps", 5, *(["--strict-float32"] if strict else []))
+    asked, real = [], runs.choose_device
+
+    def choose(cuda, threads, strict_float32):
+        asked.append(strict_float32)
+        return real(cuda, threads, strict_float32)
+
+    monkeypatch.setattr(runs, "choose_device", choose)
+    script.main(["--evaluate", str(folder), *([] if strict else ["--strict-float32"])])
+    assert asked == [strict]
+
+
+def test_bf16_is_for_training_and_not_for_measuring():
+    args = script.build_parser().parse_args([*TINY, "--bf16"])
+    trainer, seen = script.Trainer(tiny_model(), args, torch.device("cpu")), []
+    trainer.model.head[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.train_step()
+    assert seen == [torch.bfloat16]
+    trainer.test()
+    assert set(seen[1:]) == {torch.float32}
+
+
 def test_bf16_and_lstm_train(tmp_path):
     for name, flags in {"bf16": ["--bf16"], "lstm": ["--model", "lstm", "--nhid", 6]}.items():
         status, folder = train(tmp_path, "--steps", 5, *flags, name=name)
@@ -650,6 +817,127 @@ def test_a_step_that_cannot_be_captured_goes_on_without(monkeypatch):
         step(torch.tensor(number))
     assert [call.item() for call in calls] == list(range(cuda_graphs.WARMUP_CALLS + 3))
     assert len(told) == 1 and "not permitted" in told[0] and "\n" not in told[0]
+
+
+class FailingCapture:
+    """torch.cuda.graph on a CPU, with a capture that turns out to have failed at its end.
+
+    As in a real one nothing has run: tensors have their old values. Gradients are memory never written.
+    """
+
+    def __init__(self, trainer):
+        state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+        self.tensors = [*trainer.model.parameters(), trainer.sums, *state]
+        self.trainer, self.captures = trainer, 0
+
+    def __call__(self, graph, stream):
+        return self
+
+    def __enter__(self):
+        self.captures += 1
+        self.before = [tensor.detach().clone() for tensor in self.tensors]
+        self.drawn = self.trainer.generator.get_state()
+
+    def __exit__(self, *exception):
+        with torch.no_grad():
+            for tensor, value in zip(self.tensors, self.before, strict=True):
+                assert tensor.shape == value.shape
+                tensor.copy_(value)
+        self.trainer.generator.set_state(self.drawn)
+        for parameter in self.trainer.model.parameters():
+            assert parameter.grad is not None  # the function did enter
+            parameter.grad.fill_(math.nan)
+        raise RuntimeError("operation failed due to a previous error during capture\nmore")
+
+
+def test_a_capture_that_fails_at_its_end_leaves_the_eager_steps_right(monkeypatch):
+    args = script.build_parser().parse_args(TINY)
+    plain, failing = (script.Trainer(tiny_model(), args, torch.device("cpu")) for _ in range(2))
+    told = []
+    failing.step.enabled, failing.step.on_failure = True, told.append
+    monkeypatch.setattr(failing.step, "_on_side_stream", lambda inputs: failing.step.function(*inputs))
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: argparse.Namespace(register_generator_state=no_registration)
+    )
+    for trainer in (plain, failing):
+        trainer.lr.fill_(0.01)
+        for _ in range(cuda_graphs.WARMUP_CALLS):
+            trainer.step()
+    capture = FailingCapture(failing)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    for _ in range(3):
+        plain.step()
+        failing.step()
+        for ours, theirs in zip(failing.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(failing.sums, plain.sums)
+    assert capture.captures == 1
+    assert len(told) == 1 and "previous error during capture" in told[0] and "\n" not in told[0]
+
+
+def no_registration(generator):
+    """Stands for what torch does with a generator."""
+
+
+def test_a_failed_capture_lets_its_generators_go(monkeypatch):
+    """torch takes generators out of a capture only when it ends well; until then they refuse eager draws."""
+
+    class Generator:
+        device, state = torch.device("cuda", 0), "capturing"
+
+        def clone_state(self):
+            return "free"
+
+        def graphsafe_set_state(self, state):
+            self.state = state
+
+    def refuse(*arguments, **options):
+        raise RuntimeError("no")
+
+    generator = Generator()
+    step = CapturedStep(lambda: generator.state, torch.device("cpu"), generators=[generator], on_failure=len)
+    step.enabled, step.warmup_left = True, 0
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    assert step() == "free"
+
+
+def test_inputs_elsewhere_than_the_captured_step_are_refused(monkeypatch):
+    """What is on another device would be recorded once and for all."""
+    step = CapturedStep(lambda *inputs: None, torch.device("cpu"))
+    step.enabled, step.warmup_left = True, 0
+    with pytest.raises(ValueError, match="input 1 of a captured step must be on cpu, got one on meta"):
+        step(torch.zeros(2), torch.zeros(2, device="meta"))
+    with pytest.raises(ValueError, match="input 0 of a captured step must be on cpu, got a float"):
+        step(0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_run_whose_capture_fails_equals_an_eager_one_on_a_gpu():
+    """The fourth call, the captured one, asks the GPU for a number, which breaks the capture."""
+    device, results = torch.device("cuda", 0), []
+    for enabled in (False, True):
+        generator, told, calls = torch.Generator(device).manual_seed(7), [], []
+        torch.cuda.manual_seed(8)
+        weight = torch.zeros(3, device=device, requires_grad=True)
+        optimizer = torch.optim.Adam([weight], lr=0.1, capturable=True)
+
+        def work():
+            calls.append(None)  # noqa: B023
+            inputs = torch.rand(5, 3, generator=generator, device=device) + torch.rand(3, device=device)  # noqa: B023
+            optimizer.zero_grad(set_to_none=True)  # noqa: B023
+            loss = (weight * inputs - 1).square().sum()  # noqa: B023
+            loss.backward()
+            if len(calls) == cuda_graphs.WARMUP_CALLS + 1:  # noqa: B023
+                loss.item()
+            optimizer.step()  # noqa: B023
+
+        step = CapturedStep(work, device, enabled, generators=[generator], on_failure=told.append)
+        for _ in range(8):
+            step()
+        assert len(told) == enabled and len(calls) == 8 + enabled
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
