@@ -32,7 +32,7 @@ RECIPES = {
         "clip": 1.0,
         "batch_size": 32,
         "bptt": 32,
-        "epochs": 14,
+        "epochs": 11,
         "threads": 1,
         # So short a split loses too much context where 32 columns start in the midst of a story.
         "eval_batch_size": 4,

@@ -31,7 +31,7 @@ RECIPES = {
         "clip": 1.0,
         "batch_size": 32,
         "bptt": 32,
-        "epochs": 14,
+        "epochs": 11,
         "threads": 1,
         "eval_batch_size": 4,
     },
