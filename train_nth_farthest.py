@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import runs
+from core_flags import add_core_flags, core_arguments
 from cuda_graphs import CapturedStep
 from nth_farthest import (
     MODELS,
@@ -76,52 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model", choices=MODELS, default="rmc", help="relational memory core, or LSTM baseline"
     )
-    model.add_argument(
-        "--memslots", type=runs.positive_int, default=8, metavar="N", help="rows of the memory"
-    )
-    model.add_argument(
-        "--headsize", type=runs.positive_int, default=32, metavar="N", help="value size of a head"
-    )
-    model.add_argument("--numheads", type=runs.positive_int, default=8, metavar="N", help="attention heads")
+    add_core_flags(model, memslots=8, headsize=32, numheads=8, attmlplayers=2, keysize=0)
     model.add_argument(
         "--total-units",
         type=runs.positive_int,
         default=None,
         metavar="N",
         help="memslots x numheads x headsize; sets the head size, in place of --headsize",
-    )
-    model.add_argument(
-        "--numblocks", type=runs.layer_count, default=1, metavar="N", help="attention blocks per time step"
-    )
-    model.add_argument(
-        "--attmlplayers",
-        type=runs.layer_count,
-        default=2,
-        metavar="N",
-        help="layers of the MLP after the attention",
-    )
-    model.add_argument(
-        "--keysize",
-        type=runs.non_negative_int,
-        default=0,
-        metavar="N",
-        help="query and key size of a head; 0 = the head size",
-    )
-    model.add_argument(
-        "--gatestyle",
-        choices=("unit", "memory", "none"),
-        default="unit",
-        help="one gate per unit, one per memory row, or no gates",
-    )
-    model.add_argument(
-        "--forgetbias",
-        type=runs.finite_float,
-        default=1.0,
-        metavar="X",
-        help="fixed number added to the forget gate before its sigmoid",
-    )
-    model.add_argument(
-        "--inputbias", type=runs.finite_float, default=0.0, metavar="X", help="the same for the input gate"
     )
     model.add_argument(
         "--nhid", type=runs.positive_int, default=512, metavar="N", help="hidden units of the LSTM"
@@ -244,18 +206,10 @@ def build_model(args: argparse.Namespace, head_size_given: bool = False) -> NthF
             )
         head_size = args.total_units // rows
     return NthFarthestModel(
+        **core_arguments(args) | {"head_size": head_size},
         num_vectors=args.num_vectors,
         num_dims=args.num_dims,
         model=args.model,
-        mem_slots=args.memslots,
-        head_size=head_size,
-        num_heads=args.numheads,
-        num_blocks=args.numblocks,
-        forget_bias=args.forgetbias,
-        input_bias=args.inputbias,
-        gate_style=None if args.gatestyle == "none" else args.gatestyle,
-        attention_mlp_layers=args.attmlplayers,
-        key_size=args.keysize or None,
         hidden_size=args.nhid,
         head_layers=args.outputlayers,
         head_units=args.outputunits,

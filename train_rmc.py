@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import lm_training
 import runs
+from core_flags import add_core_flags, core_arguments
 from relational_rnn_models import RelationalMemoryLM
 
 SCRIPT = "train_rmc"
@@ -49,54 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     core.add_argument(
         "--emsize", type=runs.positive_int, default=192, metavar="UNITS", help="size of a word's embedding"
     )
-    core.add_argument(
-        "--memslots", type=runs.positive_int, default=1, metavar="N", help="rows of the memory matrix"
-    )
-    core.add_argument(
-        "--headsize",
-        type=runs.positive_int,
-        default=192,
-        metavar="UNITS",
-        help="value size of one attention head; a memory row has heads x this many units",
-    )
-    core.add_argument("--numheads", type=runs.positive_int, default=4, metavar="N", help="attention heads")
-    core.add_argument(
-        "--numblocks", type=runs.layer_count, default=1, metavar="N", help="attention blocks per time step"
-    )
-    core.add_argument(
-        "--forgetbias",
-        type=runs.finite_float,
-        default=1.0,
-        metavar="X",
-        help="fixed bias of the forget gate, before the sigmoid",
-    )
-    core.add_argument(
-        "--inputbias",
-        type=runs.finite_float,
-        default=0.0,
-        metavar="X",
-        help="fixed bias of the input gate, before the sigmoid",
-    )
-    core.add_argument(
-        "--gatestyle",
-        choices=("unit", "memory", "none"),
-        default="unit",
-        help="one gate per unit, one per memory row, or no gates",
-    )
-    core.add_argument(
-        "--attmlplayers",
-        type=runs.layer_count,
-        default=3,
-        metavar="N",
-        help="layers of the MLP after the attention",
-    )
-    core.add_argument(
-        "--keysize",
-        type=runs.positive_int,
-        default=64,
-        metavar="UNITS",
-        help="query and key size of one attention head",
-    )
+    add_core_flags(core, memslots=1, headsize=192, numheads=4, attmlplayers=3, keysize=64)
     lm_training.add_dropout_flags(core)
     lm_training.add_flags(parser, RECIPES)
     return parser
@@ -107,16 +61,8 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
     return RelationalMemoryLM(
         vocab_size,
         embedding_size=args.emsize,
-        mem_slots=args.memslots,
-        head_size=args.headsize,
-        num_heads=args.numheads,
-        num_blocks=args.numblocks,
-        forget_bias=args.forgetbias,
-        input_bias=args.inputbias,
-        gate_style=None if args.gatestyle == "none" else args.gatestyle,
-        attention_mlp_layers=args.attmlplayers,
-        key_size=args.keysize,
         cutoffs=cutoffs,
+        **core_arguments(args),
         **lm_training.dropouts(args),
     )
 
