@@ -115,7 +115,11 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         help="largest L2 norm of the gradient; 0 = no clipping",
     )
     training.add_argument(
-        "--epochs", type=runs.positive_int, default=100, metavar="N", help="passes over the training text"
+        "--epochs",
+        type=runs.positive_int,
+        default=100,
+        metavar="N",
+        help="passes over the training text; with --resume it may be changed",
     )
     training.add_argument(
         "--batch_size",
@@ -138,7 +142,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         type=runs.positive_int,
         default=32,
         metavar="N",
-        help="columns in evaluation; 1 scores a split as one stream",
+        help="columns in evaluation; 1 scores a split as one stream; not given, --evaluate takes the run's",
     )
     training.add_argument(
         "--evaluate",
@@ -777,7 +781,7 @@ def run(
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
-        return score(args, "data" in runs.given_arguments(parser, argv))
+        return score(args, runs.given_arguments(parser, argv))
     device = runs.choose_device(args.cuda, args.threads, args.strict_float32)
     runs.seed_everything(args.seed)
     corpus = load_corpus(args.data, args.vocab_from)
@@ -888,8 +892,11 @@ def best_possible(folder: Path, split: str) -> str:
         return ""
 
 
-def score(args: argparse.Namespace, data_given: bool) -> int:
-    """Scores a checkpoint on valid and test: the --evaluate of both scripts."""
+def score(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Scores a checkpoint on valid and test: the --evaluate of both scripts, for either one's models.
+
+    Text and columns are those of its run, unless the command line gives others.
+    """
     path = find_checkpoint(args.evaluate)
     device = runs.choose_device(args.cuda, args.threads, args.strict_float32)
     checkpoint = runs.load_checkpoint(path)
@@ -897,17 +904,18 @@ def score(args: argparse.Namespace, data_given: bool) -> int:
     saved = checkpoint.get("args")
     saved = saved if isinstance(saved, dict) else {}
     vocab_from = saved.get("vocab_from") if saved.get("vocab_from") in ("all", "train") else args.vocab_from
-    corpus = load_corpus(args.data if data_given else str(saved.get("data", args.data)), vocab_from)
+    corpus = load_corpus(args.data if "data" in given else str(saved.get("data", args.data)), vocab_from)
+    columns = args.eval_batch_size
+    if "eval_batch_size" not in given and isinstance(saved.get("eval_batch_size"), int):
+        columns = max(1, saved["eval_batch_size"])
     if corpus.vocabulary.words != vocabulary.words:
         raise UserError(
             f"{path} was trained on another vocabulary ({len(vocabulary):,} words) than that "
             f"of {corpus.folder} ({len(corpus.vocabulary):,} words). Name its own corpus with --data."
         )
-    print(f"{path} on {corpus.folder}, {args.eval_batch_size} columns", flush=True)
+    print(f"{path} ({type(model).__name__}) on {corpus.folder}, {columns} columns", flush=True)
     for split in ("valid", "test"):
         with split_named(split, "--eval-batch-size"):
-            loss = evaluate(
-                model, getattr(corpus, split), args.eval_batch_size, args.bptt, device, label=split
-            )
+            loss = evaluate(model, getattr(corpus, split), columns, args.bptt, device, label=split)
         say(f"{split}: {loss_text(loss)}{best_possible(corpus.folder, split)}")
     return 0

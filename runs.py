@@ -282,7 +282,7 @@ def _saved_arguments(folder: Path, parser: argparse.ArgumentParser, script: str)
         ) from None
     if started_by != script:
         raise UserError(
-            f"{folder} is a run of {started_by}.py, this is {script}.py. Resume it with {started_by}.py."
+            f"{folder} is a run of {started_by}.py, this is {script}.py. Use {started_by}.py for it."
         )
     for action in parser._actions:
         if action.dest in saved and not _could_be_given(action, saved[action.dest]):

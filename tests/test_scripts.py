@@ -586,3 +586,15 @@ def test_recipe_sets_its_flags_says_so_and_gives_way_to_flags_on_the_command_lin
     assert args["recipe"] == "tiny" and args["emsize"] == 6 and args["epochs"] == 1
     for flag in ("lr", "clip", "schedule", "dropout", "bptt"):
         assert args[flag] == recipe[flag] != script.build_parser().get_default(flag), flag
+
+
+def test_evaluate_uses_the_columns_of_the_run_unless_told_otherwise(corpus_folder, tmp_path, capsys):
+    """What a run printed at its end comes out again, and not where other columns are given."""
+    _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1")
+    printed = capsys.readouterr().out.split("| test ")[-1].strip()
+    train_rnn.main(["--evaluate", str(folder)])
+    told = capsys.readouterr().out
+    assert "3 columns" in told and f"test: {printed}" in told
+    train_rnn.main(["--evaluate", str(folder), "--eval-batch-size", "1"])
+    other = capsys.readouterr().out
+    assert "1 columns" in other and f"test: {printed}" not in other
