@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import lm_flags
 import lm_training
 import runs
 from core_flags import add_core_flags, core_arguments
@@ -51,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--emsize", type=runs.positive_int, default=192, metavar="UNITS", help="size of a word's embedding"
     )
     add_core_flags(core, memslots=1, headsize=192, numheads=4, attmlplayers=3, keysize=64)
-    lm_training.add_dropout_flags(core)
-    lm_training.add_flags(parser, RECIPES)
+    lm_flags.add_dropout_flags(core)
+    lm_flags.add_flags(parser, RECIPES)
     return parser
 
 
@@ -63,7 +64,7 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
         embedding_size=args.emsize,
         cutoffs=cutoffs,
         **core_arguments(args),
-        **lm_training.dropouts(args),
+        **lm_flags.dropouts(args),
     )
 
 

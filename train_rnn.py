@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import lm_flags
 import lm_training
 import runs
 from rnn_models import RNNLM
@@ -64,8 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="torch's fused layer (cuDNN on a GPU) in place of a loop of cells; the same maths",
     )
-    lm_training.add_dropout_flags(network, between_layers=True)
-    lm_training.add_flags(parser, RECIPES)
+    lm_flags.add_dropout_flags(network, between_layers=True)
+    lm_flags.add_flags(parser, RECIPES)
     return parser
 
 
@@ -85,7 +86,7 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
         cutoffs=cutoffs,
         tied=args.tied,
         fused=args.cudnn,
-        **lm_training.dropouts(args),
+        **lm_flags.dropouts(args),
     )
 
 

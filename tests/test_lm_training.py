@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lm_flags
 import lm_training
 import runs
 import train_rmc
@@ -37,7 +38,7 @@ def make_trainer(tmp_path, kind, *argv):
     args = script.build_parser().parse_args([*sizes, *COMMON, *argv])
     runs.seed_everything(args.seed)
     corpus = make_corpus(tmp_path)
-    model = script.build_model(args, V, lm_training.choose_softmax(args, V))
+    model = script.build_model(args, V, lm_flags.choose_softmax(args, V))
     trainer = lm_training.Trainer(model, corpus, args, kind, torch.device("cpu"))
     trainer.folder = tmp_path
     trainer.log = runs.RunLog(tmp_path / "log.jsonl")
@@ -378,8 +379,8 @@ def test_fingerprint_changes_with_words_and_text(tmp_path):
 
 def softmax_of(*argv):
     parser = argparse.ArgumentParser()
-    lm_training.add_flags(parser, {})
-    return lm_training.choose_softmax(parser.parse_args(list(argv)), 1000)
+    lm_flags.add_flags(parser, {})
+    return lm_flags.choose_softmax(parser.parse_args(list(argv)), 1000)
 
 
 def test_cutoffs(capsys):
@@ -443,7 +444,7 @@ def test_learning_rate_stays_one_tensor_where_it_is_one(tmp_path):
     trainer = with_tensor()
     group = trainer.optimizer.param_groups[0]
     trainer.train_epoch()
-    for loss in [5.0] + [6.0] * (lm_training.PATIENCE + 1):
+    for loss in [5.0] + [6.0] * (lm_flags.PATIENCE + 1):
         assert trainer.lr == 0.004
         trainer.step_schedule(loss)
     assert trainer.lr == 0.002 and group["lr"] is trainer.lr_tensor
@@ -474,4 +475,4 @@ def test_forward_time_is_given_only_if_every_step_was_timed():
 def test_warmup_without_the_schedule_that_has_one_is_refused():
     args = train_rnn.build_parser().parse_args(["--warmup", "3"])
     with pytest.raises(UserError, match="--warmup 3 was given without --schedule cosine"):
-        lm_training.check_schedule(args)
+        lm_flags.check_flags(args)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import write_corpus
 
+import lm_flags
 import lm_training
 import runs
 import train_rmc
@@ -279,7 +280,7 @@ def test_resume_refuses_another_corpus_and_a_spoilt_checkpoint(corpus_folder, tm
 
 def built(script, *argv):
     args = script.build_parser().parse_args([*SIZES[script], *argv])
-    return script.build_model(args, 50, lm_training.choose_softmax(args, 50))
+    return script.build_model(args, 50, lm_flags.choose_softmax(args, 50))
 
 
 REACHED = [

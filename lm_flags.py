@@ -1,0 +1,207 @@
+"""The flags that the word-level language models share, what they mean together, and recipes: named sets of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import runs
+from output_layers import choose_cutoffs
+from runs import UserError
+
+# More than this many epochs in a row without a better validation loss halve the learning rate.
+PATIENCE = 5
+LR_FACTOR = 0.5
+
+# Flags by name, as in the namespace, and their values: a recipe sets these and nothing else.
+Recipes = Mapping[str, Mapping[str, Any]]
+
+
+def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
+    """Adds the flags that do not depend on the model: data, softmax, training, and those of every script."""
+    parser.add_argument(
+        "--recipe",
+        choices=sorted(recipes),
+        default=None,
+        help="set several flags at once (printed at the start); flags given beside it win",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default="./data/wikitext-2",
+        metavar="FOLDER",
+        help="folder, or subfolder of data/, with train.txt, valid.txt and test.txt",
+    )
+    data.add_argument(
+        "--vocab-from",
+        choices=("all", "train"),
+        default="all",
+        help="build the vocabulary from all three splits, or from train.txt alone with <unk> for the rest",
+    )
+
+    softmax = parser.add_argument_group("softmax")
+    softmax.add_argument(
+        "--adaptivesoftmax",
+        action="store_true",
+        help="adaptive softmax: much less work and memory for a large vocabulary, slightly worse",
+    )
+    softmax.add_argument(
+        "--cutoffs",
+        type=runs.positive_int,
+        nargs="+",
+        default=None,
+        metavar="WORDS",
+        help="vocabulary sizes at which adaptive softmax starts a new cluster, increasing "
+        "(default: chosen to fit the vocabulary)",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--lr",
+        type=runs.positive_float,
+        default=0.001,
+        help="Adam's learning rate, at its highest",
+    )
+    training.add_argument(
+        "--schedule",
+        choices=("plateau", "cosine"),
+        default="plateau",
+        help=f"plateau: halve the learning rate after more than {PATIENCE} epochs with no better validation "
+        "loss; cosine: lower it step by step, to 0 at the end of the last epoch",
+    )
+    training.add_argument(
+        "--warmup",
+        type=runs.non_negative_int,
+        default=0,
+        metavar="STEPS",
+        help="cosine only: steps in which the learning rate first grows from 0",
+    )
+    training.add_argument(
+        "--clip",
+        type=runs.non_negative_float,
+        default=0.1,
+        metavar="NORM",
+        help="largest L2 norm of the gradient; 0 = no clipping",
+    )
+    training.add_argument(
+        "--epochs",
+        type=runs.positive_int,
+        default=100,
+        metavar="N",
+        help="passes over the training text; with --resume it may be changed",
+    )
+    training.add_argument(
+        "--batch_size",
+        "--batch-size",
+        type=runs.positive_int,
+        default=64,
+        metavar="N",
+        help="columns that the training text is dealt to, read side by side",
+    )
+    training.add_argument(
+        "--bptt",
+        type=runs.positive_int,
+        default=100,
+        metavar="TOKENS",
+        help="tokens per column in one step, through which gradients flow back",
+    )
+    training.add_argument(
+        "--eval-batch-size",
+        "--eval_batch_size",
+        type=runs.positive_int,
+        default=32,
+        metavar="N",
+        help="columns in evaluation; 1 scores a split as one stream; not given, --evaluate takes the run's",
+    )
+    training.add_argument(
+        "--evaluate",
+        default=None,
+        metavar="CHECKPOINT_OR_RUN",
+        help="train nothing: score a checkpoint, or the best model of a run folder, on valid and test",
+    )
+    runs.add_precision_flags(runs.add_run_flags(parser))
+
+
+def add_dropout_flags(parser: argparse._ArgumentGroup, between_layers: bool = False) -> None:
+    """Adds --dropout and the flags that set one place apart from the others."""
+    parser.add_argument(
+        "--dropout",
+        type=runs.fraction,
+        default=0.5,
+        metavar="P",
+        help="probability of dropping a unit, wherever the flags below do not say otherwise",
+    )
+    parser.add_argument(
+        "--dropout-input",
+        type=runs.fraction,
+        default=None,
+        metavar="P",
+        help="of the embedded input (default: --dropout)",
+    )
+    if between_layers:
+        parser.add_argument(
+            "--dropout-hidden",
+            type=runs.fraction,
+            default=None,
+            metavar="P",
+            help="between the layers (default: --dropout)",
+        )
+    parser.add_argument(
+        "--dropout-output",
+        type=runs.fraction,
+        default=None,
+        metavar="P",
+        help="of the output before the softmax (default: --dropout)",
+    )
+
+
+def apply_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Recipes) -> None:
+    """Makes the values of the recipe asked for the parser's defaults, and says which flags that are."""
+    name = runs.given_arguments(parser, argv).get("recipe")
+    if name is None:
+        return
+    parser.set_defaults(**recipes[name])
+    flags = (f"{runs.flag_of(parser, flag)} {value}" for flag, value in recipes[name].items())
+    print(f"recipe {name}: {' '.join(flags)}")
+
+
+def dropouts(args: argparse.Namespace) -> dict[str, float]:
+    """The dropout probabilities, by the name of the model's argument."""
+    given = {
+        name: getattr(args, name)
+        for name in ("dropout_input", "dropout_hidden", "dropout_output")
+        if hasattr(args, name)
+    }
+    return {name: args.dropout if value is None else value for name, value in given.items()}
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for a flag that would mean nothing."""
+    if args.warmup and args.schedule != "cosine":
+        raise UserError(
+            f"--warmup {args.warmup} was given without --schedule cosine, where it means nothing. "
+            "Add --schedule cosine or leave --warmup away."
+        )
+
+
+def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | None:
+    """The cutoffs of the adaptive softmax, None for the full softmax. Prints those it chooses itself."""
+    if not args.adaptivesoftmax:
+        if args.cutoffs:
+            raise UserError(
+                "--cutoffs was given without --adaptivesoftmax, where it means nothing. "
+                "Add --adaptivesoftmax or leave --cutoffs away."
+            )
+        return None
+    if args.cutoffs is None:
+        cutoffs = choose_cutoffs(vocab_size)
+        print(f"adaptive softmax: cutoffs {' '.join(map(str, cutoffs))}, chosen for {vocab_size:,} words")
+        return cutoffs
+    if sorted(set(args.cutoffs)) != args.cutoffs or args.cutoffs[-1] >= vocab_size:
+        fitting = choose_cutoffs(vocab_size)
+        raise UserError(
+            f"cutoffs must be increasing and below the vocabulary size {vocab_size:,}, got {args.cutoffs}."
+            + (f" Try --cutoffs {' '.join(map(str, fitting))}." if fitting else "")
+        )
+    return args.cutoffs
