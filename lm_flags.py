@@ -1,4 +1,4 @@
-"""The flags that both word-level language models share, what they mean together, and recipes (sets of flags)."""
+"""The flags that both language models share, what they mean together, and recipes (named sets of flags)."""
 
 from __future__ import annotations
 
