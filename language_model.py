@@ -8,10 +8,10 @@ Because tokens, targets and state all have the batch first, torch.nn.DataParalle
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from output_layers import AdaptiveSoftmax, FullSoftmax
+from regularisation import drop_words, dropout
 
 
 class LanguageModel(nn.Module):
@@ -26,6 +26,11 @@ class LanguageModel(nn.Module):
         cutoffs: None for a full softmax, or the cluster bounds of an adaptive softmax.
         tied: share the embedding's weight with the full softmax.
         project: whether to project features to E; without, F itself goes into the output layer.
+        locked_dropout: one dropout mask for all steps of a window, not one per element.
+        dropout_words: probability of dropping a word of the vocabulary from the input for a whole window.
+        dropout_weights: probability of dropping an entry of the recurrent matrices for a whole window.
+
+    The three are explained in regularisation.py; all dropout acts in training alone.
 
     Raises:
         ValueError: an argument outside its range; the message names it.
@@ -43,15 +48,23 @@ class LanguageModel(nn.Module):
         cutoffs: Sequence[int] | None,
         tied: bool,
         project: bool = True,
+        locked_dropout: bool = False,
+        dropout_words: float = 0.0,
+        dropout_weights: float = 0.0,
     ):
         super().__init__()
         check_size("vocab_size", vocab_size)
         check_size("embedding_size", embedding_size)
         check_probability("dropout_input", dropout_input)
         check_probability("dropout_output", dropout_output)
+        check_probability("dropout_words", dropout_words)
+        check_probability("dropout_weights", dropout_weights)
         self.vocab_size = vocab_size
         self.dropout_input = dropout_input
         self.dropout_output = dropout_output
+        self.locked_dropout = locked_dropout
+        self.dropout_words = dropout_words
+        self.dropout_weights = dropout_weights
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         # Not torch's N(0, 1): a tied softmax would start with scores of that size, its loss far above ln V.
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
@@ -78,9 +91,14 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors before the output layer, time first, (T, B, E), and the state after; tokens (B, T)."""
-        embedded = F.dropout(self.embedding(tokens.t()), self.dropout_input, self.training)
+        words = tokens.t()
+        embedded = drop_words(
+            self.embedding(words), words, self.vocab_size, self.dropout_words, self.training
+        )
+        embedded = dropout(embedded, self.dropout_input, self.training, self.locked_dropout)
         features, state = self.recur(embedded, state)
-        return F.dropout(self.projection(features), self.dropout_output, self.training), state
+        hidden = self.projection(features)
+        return dropout(hidden, self.dropout_output, self.training, self.locked_dropout), state
 
     def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Score a window.

@@ -123,8 +123,13 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     runs.add_precision_flags(runs.add_run_flags(parser))
 
 
-def add_dropout_flags(parser: argparse._ArgumentGroup, between_layers: bool = False) -> None:
-    """Adds --dropout and the flags that set one place apart from the others."""
+def add_dropout_flags(
+    parser: argparse._ArgumentGroup, recurrent_matrices: str, between_layers: bool = False
+) -> None:
+    """Adds --dropout, the flags that set one place apart from the others, and those of regularisation.py.
+
+    `recurrent_matrices` says in the help which matrices of the model weight drop acts on.
+    """
     parser.add_argument(
         "--dropout",
         type=runs.fraction,
@@ -154,6 +159,28 @@ def add_dropout_flags(parser: argparse._ArgumentGroup, between_layers: bool = Fa
         metavar="P",
         help="of the output before the softmax (default: --dropout)",
     )
+    parser.add_argument(
+        "--locked-dropout",
+        action="store_true",
+        help="all of the above with one mask for all steps of a window, not one per element (variational "
+        "dropout, Gal & Ghahramani 2016, arXiv:1512.05287)",
+    )
+    parser.add_argument(
+        "--dropout-words",
+        type=runs.fraction,
+        default=0.0,
+        metavar="P",
+        help="probability of dropping a word of the vocabulary from the input for a whole window (the same "
+        "paper); the softmax keeps it",
+    )
+    parser.add_argument(
+        "--dropout-weights",
+        type=runs.fraction,
+        default=0.0,
+        metavar="P",
+        help=f"weight drop, one mask per window, on {recurrent_matrices} (Merity et al. 2018, "
+        "arXiv:1708.02182)",
+    )
 
 
 def apply_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Recipes) -> None:
@@ -166,14 +193,19 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None, re
     print(f"recipe {name}: {' '.join(flags)}")
 
 
-def dropouts(args: argparse.Namespace) -> dict[str, float]:
-    """The dropout probabilities, by the name of the model's argument."""
+def dropouts(args: argparse.Namespace) -> dict[str, Any]:
+    """What the dropout flags mean as arguments of the models."""
     given = {
         name: getattr(args, name)
         for name in ("dropout_input", "dropout_hidden", "dropout_output")
         if hasattr(args, name)
     }
-    return {name: args.dropout if value is None else value for name, value in given.items()}
+    return {
+        **{name: args.dropout if value is None else value for name, value in given.items()},
+        "locked_dropout": args.locked_dropout,
+        "dropout_words": args.dropout_words,
+        "dropout_weights": args.dropout_weights,
+    }
 
 
 def check_flags(args: argparse.Namespace) -> None:

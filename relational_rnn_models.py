@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.func import functional_call
 
 from language_model import LanguageModel, check_size
+from regularisation import drop_weights
 from relational_rnn_general import RelationalMemory
 
 
@@ -13,6 +15,10 @@ class RelationalMemoryLM(LanguageModel):
 
     The arguments are those of RelationalMemory and of LanguageModel. The state is the memory,
     (B, mem_slots, mem_size).
+
+    Weight drop acts on the matrices that the memory itself is multiplied with at every step: those of the
+    memory's gates and of queries, keys and values (the input row goes through the latter too). They are what
+    weight_hh is to an LSTM. The MLP's are left whole: it works on what attention and a norm have made.
 
     Raises:
         ValueError: an argument outside its range; the message names it.
@@ -35,6 +41,9 @@ class RelationalMemoryLM(LanguageModel):
         dropout_output: float = 0.5,
         cutoffs: Sequence[int] | None = None,
         tied: bool = True,
+        locked_dropout: bool = False,
+        dropout_words: float = 0.0,
+        dropout_weights: float = 0.0,
     ):
         check_size("embedding_size", embedding_size)    # here, as the core would call it input_size
         core = RelationalMemory(
@@ -51,7 +60,8 @@ class RelationalMemoryLM(LanguageModel):
             return_all_outputs=True,
         )
         super().__init__(
-            vocab_size, embedding_size, core.output_size, dropout_input, dropout_output, cutoffs, tied
+            vocab_size, embedding_size, core.output_size, dropout_input, dropout_output, cutoffs, tied,
+            locked_dropout=locked_dropout, dropout_words=dropout_words, dropout_weights=dropout_weights,
         )
         self.core = core
         self.config = {
@@ -70,6 +80,9 @@ class RelationalMemoryLM(LanguageModel):
             "dropout_output": dropout_output,
             "cutoffs": None if cutoffs is None else list(cutoffs),
             "tied": tied,
+            "locked_dropout": locked_dropout,
+            "dropout_words": dropout_words,
+            "dropout_weights": dropout_weights,
         }
 
     def initial_state(self, batch_size: int) -> Tensor:
@@ -78,5 +91,18 @@ class RelationalMemoryLM(LanguageModel):
 
     def recur(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run the core; embedded (T, B, E) to features (T, B, mem_slots * mem_size)."""
-        outputs, memory = self.core(embedded.transpose(0, 1), state)
+        dropped = {}
+        if self.training and self.dropout_weights:
+            dropped = drop_weights(self.recurrent_weights(), self.dropout_weights)
+        outputs, memory = functional_call(self.core, dropped, (embedded.transpose(0, 1), state))
         return outputs.transpose(0, 1), memory
+
+    def recurrent_weights(self) -> dict[str, Tensor]:
+        """The core's matrices that weight drop acts on, by the core's names."""
+        weights = {
+            f"blocks.{index}.qkv_projection.weight": block.qkv_projection.weight
+            for index, block in enumerate(self.core.blocks)
+        }
+        if self.core.gate_style is not None:
+            weights["memory_gate_projection.weight"] = self.core.memory_gate_projection.weight
+        return weights

@@ -1,12 +1,13 @@
 """The baseline: LSTM, GRU and tanh or ReLU RNN language models, as one fused layer or as a loop of cells."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from language_model import LanguageModel, check_probability, check_size
+from regularisation import drop_weights, dropout
 
 LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
@@ -22,6 +23,10 @@ class RNNLM(LanguageModel):
         dropout_hidden: dropout probability between layers; without effect on a single layer.
         fused: True runs the whole sequence in one call (cuDNN on a GPU), False a Python loop of cells over
             the same weights. Both compute the same; the loop shows what a recurrence costs without one.
+        project: a linear layer from the hidden units to the embedding's size before the output layer, as the
+            RMC has one: tied weights then allow any hidden_size.
+        locked_dropout, dropout_words, dropout_weights: as in LanguageModel. Locked dropout between the layers
+            is locked too; weight drop acts on weight_hh of every layer.
 
     The state is one tensor (B, S, hidden_size): the hidden vectors of the layers, then an LSTM's cells.
 
@@ -42,6 +47,10 @@ class RNNLM(LanguageModel):
         cutoffs: Sequence[int] | None = None,
         tied: bool = False,
         fused: bool = True,
+        project: bool = False,
+        locked_dropout: bool = False,
+        dropout_words: float = 0.0,
+        dropout_weights: float = 0.0,
     ):
         if model not in LAYERS:
             raise ValueError(f"model must be one of {', '.join(LAYERS)}, got {model!r}")
@@ -50,7 +59,8 @@ class RNNLM(LanguageModel):
         check_probability("dropout_hidden", dropout_hidden)
         super().__init__(
             vocab_size, embedding_size, hidden_size, dropout_input, dropout_output, cutoffs, tied,
-            project=False,
+            project=project, locked_dropout=locked_dropout, dropout_words=dropout_words,
+            dropout_weights=dropout_weights,
         )
         options = {"nonlinearity": model.removeprefix("RNN_").lower()} if model.startswith("RNN_") else {}
         between = dropout_hidden if num_layers > 1 else 0.0   # torch warns of dropout without a second layer
@@ -68,6 +78,10 @@ class RNNLM(LanguageModel):
             "cutoffs": None if cutoffs is None else list(cutoffs),
             "tied": tied,
             "fused": fused,
+            "project": project,
+            "locked_dropout": locked_dropout,
+            "dropout_words": dropout_words,
+            "dropout_weights": dropout_weights,
         }
 
     def initial_state(self, batch_size: int) -> Tensor:
@@ -79,26 +93,68 @@ class RNNLM(LanguageModel):
         """Run the layers; embedded (T, B, E) to the last layer's outputs (T, B, hidden_size)."""
         # The layers want their states as (layers, B, hidden).
         states = tuple(part.contiguous() for part in state.transpose(0, 1).split(self.rnn.num_layers))
+        dropped = {}
+        if self.training and self.dropout_weights:
+            dropped = drop_weights(self.recurrent_weights(), self.dropout_weights)
+        weights = [
+            [
+                dropped.get(name, getattr(self.rnn, name))
+                for name in (f"{part}_l{layer}" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            ]
+            for layer in range(self.rnn.num_layers)
+        ]
         if not self.fused:
-            return self._loop_of_cells(embedded, states)
+            return self._loop_of_cells(embedded, states, weights)
+        # Locked dropout between layers cannot be had from a call over all of them.
+        apart = self.training and self.locked_dropout and self.rnn.dropout > 0
+        if dropped or apart:
+            return self._fused_layers(embedded, states, weights, apart)
         lstm = self.config["model"] == "LSTM"
         outputs, after = self.rnn(embedded, states if lstm else states[0])
         return outputs, (torch.cat(after) if lstm else after).transpose(0, 1)
 
-    def _loop_of_cells(self, embedded: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def recurrent_weights(self) -> dict[str, Tensor]:
+        """The matrices that weight drop acts on, weight_hh of every layer, by nn.LSTM's names."""
+        names = (f"weight_hh_l{layer}" for layer in range(self.rnn.num_layers))
+        return {name: getattr(self.rnn, name) for name in names}
+
+    def _fused_layers(
+        self, embedded: Tensor, states: tuple[Tensor, ...], weights: list[list[Tensor]], apart: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The fused layer with weights that are not its own, in one call or, apart, in one per layer."""
+        function = getattr(torch, self.config["model"].lower())     # what nn.LSTM and the others call
+        lstm = self.config["model"] == "LSTM"
+        calls = [range(i, i + 1) for i in range(len(weights))] if apart else [range(len(weights))]
+        outputs, after = embedded, []
+        for layers in calls:
+            if layers.start > 0:
+                outputs = dropout(outputs, self.rnn.dropout, self.training, self.locked_dropout)
+            given = tuple(part[layers.start : layers.stop] for part in states)
+            flat = [weight for layer in layers for weight in weights[layer]]
+            with warnings.catch_warnings():
+                # cuDNN wants all weights in one piece of memory and copies them there, at every call.
+                warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+                outputs, *part = function(
+                    outputs, given if lstm else given[0], flat, True, len(layers), self.rnn.dropout,
+                    self.training, False, False,
+                )
+            after.append(part)
+        return outputs, torch.cat([torch.cat(parts) for parts in zip(*after, strict=True)]).transpose(0, 1)
+
+    def _loop_of_cells(
+        self, embedded: Tensor, states: tuple[Tensor, ...], weights: list[list[Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         cell = getattr(torch, self.config["model"].lower() + "_cell")   # functional, takes weights
         lstm = self.config["model"] == "LSTM"
         inputs, after = embedded, []
         for layer in range(self.rnn.num_layers):
-            names = (f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-            weights = [getattr(self.rnn, name) for name in names]
             state = tuple(part[layer] for part in states)
             outputs = []
             for x in inputs.unbind(0):
-                state = cell(x, state, *weights) if lstm else (cell(x, state[0], *weights),)
+                state = cell(x, state, *weights[layer]) if lstm else (cell(x, state[0], *weights[layer]),)
                 outputs.append(state[0])
             inputs = torch.stack(outputs)
             if layer + 1 < self.rnn.num_layers:
-                inputs = F.dropout(inputs, self.rnn.dropout, self.training)
+                inputs = dropout(inputs, self.rnn.dropout, self.training, self.locked_dropout)
             after.append(state)
         return inputs, torch.stack([part for parts in zip(*after, strict=True) for part in parts], dim=1)

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--emsize", type=runs.positive_int, default=192, metavar="UNITS", help="size of a word's embedding"
     )
     add_core_flags(core, memslots=1, headsize=192, numheads=4, attmlplayers=3, keysize=64)
-    lm_flags.add_dropout_flags(core)
+    lm_flags.add_dropout_flags(core, "the memory's gates and the queries, keys and values")
     lm_flags.add_flags(parser, RECIPES)
     return parser
 

@@ -58,14 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--tied",
         action="store_true",
-        help="one matrix for embedding and softmax; needs --emsize equal to --nhid",
+        help="one matrix for embedding and softmax; needs --emsize equal to --nhid, or --project",
     )
     network.add_argument(
         "--cudnn",
         action="store_true",
         help="torch's fused layer (cuDNN on a GPU) in place of a loop of cells; the same maths",
     )
-    lm_flags.add_dropout_flags(network, between_layers=True)
+    network.add_argument(
+        "--project",
+        action="store_true",
+        help="a linear layer from the hidden units to --emsize before the softmax, as the relational memory "
+        "core has one; --tied then works with any --nhid",
+    )
+    lm_flags.add_dropout_flags(network, "weight_hh of every layer", between_layers=True)
     lm_flags.add_flags(parser, RECIPES)
     return parser
 
@@ -86,6 +92,7 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
         cutoffs=cutoffs,
         tied=args.tied,
         fused=args.cudnn,
+        project=args.project,
         **lm_flags.dropouts(args),
     )
 
