@@ -30,8 +30,14 @@ def make_batch(
     num_dims: int,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
+    shown: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws fresh examples. All work is vectorised and stays on the device, so that a CUDA graph can hold it.
+
+    For a curriculum there are easier examples of the same shape. With `shown` = (k, d) only the last k steps
+    bring a vector and a label (any of the K labels), and only the first d coordinates of a vector are not 0.
+    The question is about these k: missing vectors count as infinitely far away and are not asked for. So
+    n = K - 1 asks for m itself and n = K - 2 for its nearest neighbour, whatever k is.
 
     Args:
         batch_size: examples B.
@@ -40,6 +46,8 @@ def make_batch(
         num_dims: dimensions D of a vector.
         generator: the only source of randomness, of the same device; it moves on by the batch drawn.
         device: where the examples are made.
+        shown: (2,) int64 on that device: vectors k from 2 to K, dimensions d from 1 to D. A tensor, as a CUDA
+            graph reads it anew at each replay. None for the full task.
 
     Returns:
         inputs: (B, K, F) float32.
@@ -49,17 +57,31 @@ def make_batch(
     vectors = torch.rand(B, K, D, generator=generator, device=device) * 2 - 1
     # A random permutation for each sequence: the label of each position, (B, K).
     labels = torch.rand(B, K, generator=generator, device=device).argsort(dim=1)
-    n = torch.randint(K, (B, 1), generator=generator, device=device)
-    m = torch.randint(K, (B, 1), generator=generator, device=device)
+    if shown is None:
+        n = torch.randint(K, (B, 1), generator=generator, device=device)
+        m = torch.randint(K, (B, 1), generator=generator, device=device)
+    else:
+        k, d = shown
+        vectors = vectors * (torch.arange(D, device=device) < d)
+        # Both n and the position of m are among the last k of K. randint takes no tensor as its bound; the
+        # remainder of so large a number is as good as uniform.
+        n, position = K - 1 - torch.randint(2**62, (2, B, 1), generator=generator, device=device) % k
+        m = labels.gather(1, position)
 
     is_reference = labels == m  # (B, K), one True per sequence
     reference = (vectors * is_reference.unsqueeze(2)).sum(dim=1, keepdim=True)  # (B, 1, D)
     distances = (vectors - reference).square().sum(dim=2)  # (B, K), squared: the order is the same
+    if shown is not None:
+        missing = torch.arange(K, device=device) < K - k  # (K,)
+        distances = distances.masked_fill(missing, math.inf)
     farthest_first = distances.argsort(dim=1, descending=True)  # (B, K) positions
     targets = labels.gather(1, farthest_first.gather(1, n)).squeeze(1)
 
     question = torch.cat([_one_hot(n, K), _one_hot(m, K)], dim=2).expand(B, K, 2 * K)
-    return torch.cat([vectors, _one_hot(labels, K), question], dim=2), targets
+    rows = torch.cat([vectors, _one_hot(labels, K)], dim=2)
+    if shown is not None:
+        rows = rows.masked_fill(missing.unsqueeze(1), 0)
+    return torch.cat([rows, question], dim=2), targets
 
 
 def _one_hot(indices: Tensor, size: int) -> Tensor:

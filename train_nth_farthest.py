@@ -73,6 +73,33 @@ def build_parser() -> argparse.ArgumentParser:
         help="fixed examples on which the test accuracy is measured",
     )
 
+    easier = parser.add_argument_group(
+        "curriculum", "Easier tasks to train on first. The test accuracy is the full task's at any time."
+    )
+    easier.add_argument(
+        "--curriculum-vectors",
+        type=_sequence_length,
+        default=None,
+        nargs="+",
+        metavar="N",
+        help="vectors shown in each stage before the full task: the last N steps of a sequence bring one",
+    )
+    easier.add_argument(
+        "--curriculum-dims",
+        type=runs.positive_int,
+        default=None,
+        nargs="+",
+        metavar="N",
+        help="dimensions used in each stage before the full task: the other coordinates are 0",
+    )
+    easier.add_argument(
+        "--curriculum-accuracy",
+        type=runs.probability,
+        default=0.9,
+        metavar="P",
+        help="training accuracy over a log interval that ends a stage",
+    )
+
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", choices=MODELS, default="rmc", help="relational memory core, or LSTM baseline"
@@ -173,8 +200,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What --resume may change, besides what runs.py lists: when to stop, and how the GPU is told.
-RESUME_MAY_CHANGE = ("steps", "target_accuracy", "stop_after", "no_cuda_graph", "evaluate")
+# What --resume may change, besides what runs.py lists: when to stop or to go on to the next stage, and how
+# the GPU is told.
+RESUME_MAY_CHANGE = (
+    "steps",
+    "target_accuracy",
+    "curriculum_accuracy",
+    "stop_after",
+    "no_cuda_graph",
+    "evaluate",
+)
 
 
 def _sequence_length(text: str) -> int:
@@ -227,6 +262,31 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return runs.scheduled_lr(args.lr, step, args.steps, args.warmup, args.schedule == "cosine")
 
 
+def curriculum(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Vectors and dimensions shown in each stage of the training; the last stage is the full task.
+
+    Raises:
+        UserError: the stages of the two flags do not go together, or one is larger than the full task.
+    """
+    full = (args.num_vectors, args.num_dims)
+    vectors, dims = args.curriculum_vectors, args.curriculum_dims
+    if vectors is None and dims is None:
+        return [full]
+    vectors = vectors or [args.num_vectors] * len(dims)
+    dims = dims or [args.num_dims] * len(vectors)
+    if len(vectors) != len(dims):
+        raise UserError(
+            "--curriculum-vectors and --curriculum-dims need one number each per stage, got "
+            f"{len(vectors)} and {len(dims)} numbers."
+        )
+    for name, numbers, most in (("vectors", vectors, args.num_vectors), ("dims", dims, args.num_dims)):
+        if max(numbers) > most:
+            raise UserError(
+                f"--curriculum-{name} must not exceed --num-{name}, which is {most}, got {max(numbers)}."
+            )
+    return [*zip(vectors, dims, strict=True), full]
+
+
 # ---- training
 
 
@@ -239,6 +299,7 @@ class Position:
     best_accuracy: float = -1.0  # on the test set
     best_step: int = 0
     times_on_target: int = 0  # reports in a row that have reached the target accuracy
+    stage: int = 0  # of the curriculum
     seconds: float = 0.0  # of work, interruptions not counted
 
 
@@ -269,6 +330,9 @@ class Trainer:
             generators=[self.generator],
             on_failure=runs.warn,
         )
+        self.stages = curriculum(args)
+        # Without a curriculum the examples are drawn as they always were.
+        self.shown = torch.tensor(self.stages[0], device=device) if len(self.stages) > 1 else None
         self.test_set = fixed_test_set(args, TEST_SEED, args.test_examples, device)
         self.at = Position()
         self.interrupts = runs.Interrupts()
@@ -277,7 +341,7 @@ class Trainer:
         """One optimiser step on a fresh batch. Nothing in it waits for the device, as CUDA graphs want it."""
         args = self.args
         inputs, targets = make_batch(
-            args.batch_size, args.num_vectors, args.num_dims, self.generator, self.device
+            args.batch_size, args.num_vectors, args.num_dims, self.generator, self.device, self.shown
         )
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
@@ -345,6 +409,7 @@ class Trainer:
             lr=float(f"{self.lr.item():.6g}"),  # as the optimiser had it, in float32
             examples_per_second=round(speed, 1),
             seconds=round(at.seconds, 3),
+            **({} if self.shown is None else {"stage": at.stage}),
         )
         progress.report(
             f"loss {loss:.4f} | train {accuracy:.1%} | test {test_accuracy:.1%} | {speed:,.0f} examples/s"
@@ -352,9 +417,20 @@ class Trainer:
         at.times_on_target = at.times_on_target + 1 if test_accuracy >= args.target_accuracy else 0
         if test_accuracy > at.best_accuracy:
             self.save_best(test_accuracy)
+        if at.stage + 1 < len(self.stages) and accuracy >= args.curriculum_accuracy:
+            self.enter_stage(at.stage + 1)
+            vectors, dims = self.stages[at.stage]
+            self.log.write("stage", step=at.step, stage=at.stage, vectors=vectors, dims=dims)
+            say(f"from step {at.step + 1:,} on: vectors {vectors}, dimensions {dims}")
         at.interval_steps = 0
         self.sums.zero_()
         self.start_interval()
+
+    def enter_stage(self, stage: int) -> None:
+        """Draws the next examples at this stage of the curriculum."""
+        self.at.stage = stage
+        if self.shown is not None:  # in place: a captured step reads this tensor
+            self.shown.copy_(torch.tensor(self.stages[stage]))
 
     def start_interval(self) -> None:
         """Begins to measure the speed anew."""
@@ -444,6 +520,7 @@ class Trainer:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.at = Position(**checkpoint["position"])
+            self.enter_stage(self.at.stage)
             self.sums.copy_(checkpoint["sums"])
             if checkpoint["device"] == self.device.type:
                 self.generator.set_state(checkpoint["generator"].cpu())
@@ -458,7 +535,7 @@ class Trainer:
             if before.target_accuracy != self.args.target_accuracy:
                 self.at.times_on_target = 0  # they were on another target
             old, new = (learning_rate(self.at.step + 1, args) for args in (before, self.args))
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if runs.is_out_of_memory(error):
                 raise
             raise UserError(

@@ -97,6 +97,45 @@ def test_targets_equal_a_slow_obvious_loop(K, D):
         assert from_far_to_near[n] == target
 
 
+@pytest.mark.parametrize(("k", "d"), [(2, 1), (3, 5), (4, 2), (6, 5)])
+def test_easier_examples_equal_a_slow_obvious_loop(k, d):
+    """Missing vectors stand farther away than any other: the question is about those that are there."""
+    B, K, D = 300, 6, 5
+    inputs, targets = make_batch(B, K, D, torch.Generator().manual_seed(3), shown=torch.tensor([k, d]))
+    assert inputs.shape == (B, K, 3 * K + D) and inputs.dtype == torch.float32
+    asked = set()
+    for sequence, target in zip(inputs.double().numpy(), targets.tolist(), strict=True):
+        vector_of, missing = {}, 0
+        for number, step in enumerate(sequence):  # (vector; label; n; m)
+            vector, label = step[:D], list(step[D : D + K])
+            if number < K - k:
+                assert not vector.any() and not any(label)
+                missing += 1
+            else:
+                assert vector[:d].all() and not vector[d:].any()
+                vector_of[label.index(1.0)] = vector
+            n, m = list(step[D + K : D + 2 * K]).index(1.0), list(step[D + 2 * K :]).index(1.0)
+        distance_of = {
+            label: math.sqrt(sum((a - b) ** 2 for a, b in zip(vector, vector_of[m], strict=True)))
+            for label, vector in vector_of.items()
+        }
+        from_far_to_near = [None] * missing + sorted(distance_of, key=lambda label: -distance_of[label])
+        assert from_far_to_near[n] == target
+        asked.add((n, list(vector_of).index(m)))
+    assert asked == {(n, position) for n in range(K - k, K) for position in range(k)}
+
+
+def test_questions_about_easier_examples_are_uniform():
+    B, K = 60_000, 5
+    inputs, targets = make_batch(B, K, 2, torch.Generator().manual_seed(3), shown=torch.tensor([3, 2]))
+    n, m = question_of(inputs, K)
+    position = inputs[:, :, 2 : 2 + K].gather(2, m.view(B, 1, 1).expand(B, K, 1)).squeeze(2).argmax(dim=1)
+    pairs = torch.bincount(n * K + position, minlength=K * K).view(K, K) / B
+    assert (pairs[2:, 2:] - 1 / 9).abs().max() < 0.008 and pairs.count_nonzero() == 9
+    for labels in (m, targets):
+        assert (torch.bincount(labels, minlength=K) / B - 1 / K).abs().max() < 0.01
+
+
 def test_every_step_holds_one_label_and_the_same_question():
     K, D = 5, 2
     inputs, _ = batch(200, K, D)
@@ -343,6 +382,9 @@ def test_every_flag_reaches_the_model(flags, setting, value):
         ("--resume no-such-folder", "not there"),
         ("--evaluate no-such-folder", "not there"),
         ("--evaluate a --resume b", "exclude each other|not there"),
+        ("--curriculum-dims 1 17", "--curriculum-dims must not exceed --num-dims, which is 16, got 17"),
+        ("--curriculum-vectors 9", "--curriculum-vectors must not exceed --num-vectors, which is 8, got 9"),
+        ("--curriculum-vectors 2 4 --curriculum-dims 8", "one number each per stage, got 2 and 1 numbers"),
     ],
 )
 def test_mistakes_are_told(flags, message, tmp_path):
@@ -492,12 +534,17 @@ def test_the_test_set_is_the_same_for_every_seed_and_not_trained_on():
         assert len(tested & trained_on(seed)) >= 3 * 11  # what it would look like
 
 
-@pytest.mark.parametrize("stopped_at", [5, 8])
-def test_resuming_equals_never_stopping(tmp_path, monkeypatch, stopped_at):
-    """At the end of a log interval and within one."""
-    _, whole = train(tmp_path, "--steps", 15, "--warmup", 12, name="whole")
+# Three stages for TINY, each left at the first report.
+STAGES = ["--curriculum-vectors", 2, 3, "--curriculum-dims", 2, 1, "--curriculum-accuracy", 0.01]
+
+
+@pytest.mark.parametrize(("stopped_at", "stages"), [(5, []), (8, []), (5, STAGES), (8, STAGES)])
+def test_resuming_equals_never_stopping(tmp_path, monkeypatch, stopped_at, stages):
+    """At the end of a log interval, where a stage of a curriculum may end too, and within one."""
+    flags = ["--steps", 15, "--warmup", 12, *stages]
+    _, whole = train(tmp_path, *flags, name="whole")
     monkeypatch.setattr(script.Trainer, "train_step", stop_after(stopped_at, script.Trainer.train_step))
-    status, pieces = train(tmp_path, "--steps", 15, "--warmup", 12, name="pieces")
+    status, pieces = train(tmp_path, *flags, name="pieces")
     monkeypatch.undo()
     assert status == 130
     assert runs.load_checkpoint(pieces / "last.pt")["position"]["step"] == stopped_at
@@ -507,12 +554,53 @@ def test_resuming_equals_never_stopping(tmp_path, monkeypatch, stopped_at):
     expected, found = weights(whole), weights(pieces)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     keys = ("event", "step", "loss", "accuracy", "test_accuracy", "grad_norm", "lr", "accuracy_by_n")
+    keys += ("stage", "vectors", "dims")
 
     def facts(folder):
         events = [e for e in runs.read_log(folder / "log.jsonl") if e["event"] != "resume"]
         return [{key: event.get(key) for key in keys} for event in events]
 
     assert facts(pieces) == facts(whole)
+
+
+def test_a_curriculum_goes_on_when_the_training_accuracy_is_reached(tmp_path, monkeypatch, capsys):
+    """The batches are those of the stage; the accuracy that counts is that of the training examples."""
+    seen, tested = [], []
+
+    def spy(*arguments, **options):
+        inputs, targets = make_batch(*arguments, **options)
+        coordinates, labels = inputs[..., :2], inputs[..., 2:5]
+        seen.append((labels.sum() / len(inputs), (coordinates != 0).any(0).any(0).sum()))
+        return inputs, targets
+
+    def test(self):
+        tested.append(self.test_set[0][..., 2:5].sum() / 50)
+        return 0.9  # does not end a stage
+
+    monkeypatch.setattr(script, "make_batch", spy)
+    monkeypatch.setattr(script.Trainer, "test", test)
+    right = iter([6] * 5 + [7] * 5 + [6] * 5 + [8] * 5 + [9] * 10)  # of 11, in each step
+    monkeypatch.setattr(
+        script, "loss_and_correct", lambda *x: (loss_and_correct(*x)[0], torch.tensor(next(right)))
+    )
+    flags = [*STAGES[:-1], 0.63]  # 7 of 11 are 0.64
+    _, folder = train(tmp_path, "--steps", 30, "--log-interval", 5, *flags)
+    assert tested == [3] * 6  # the test set has all vectors at any time
+    assert seen[1:31] == [(2, 2)] * 10 + [(3, 1)] * 10 + [(3, 2)] * 10
+    events = runs.read_log(folder / "log.jsonl")
+    stages = [(e["step"], e["stage"], e["vectors"], e["dims"]) for e in events if e["event"] == "stage"]
+    assert stages == [(10, 1, 3, 1), (20, 2, 3, 2)]
+    assert [e["stage"] for e in events if e["event"] == "train"] == [0, 0, 1, 1, 2, 2]
+    assert "from step 11 on: vectors 3, dimensions 1" in capsys.readouterr().out
+
+
+def test_a_captured_step_would_see_the_next_stage():
+    """A CUDA graph reads memory by address: the sizes stay where they are."""
+    args = script.build_parser().parse_args([*TINY, *map(str, STAGES)])
+    trainer = script.Trainer(tiny_model(), args, torch.device("cpu"))
+    address = trainer.shown.data_ptr()
+    trainer.enter_stage(1)
+    assert trainer.shown.data_ptr() == address and trainer.shown.tolist() == [3, 1]
 
 
 def stop_after(steps, train_step):
@@ -941,8 +1029,10 @@ def test_a_run_whose_capture_fails_equals_an_eager_one_on_a_gpu():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_captured_run_equals_an_eager_one(tmp_path):
-    _, eager = train(tmp_path, "--steps", 30, "--cuda", "--warmup", 20, "--no-cuda-graph", name="eager")
-    _, captured = train(tmp_path, "--steps", 30, "--cuda", "--warmup", 20, name="captured")
+@pytest.mark.parametrize("stages", [[], STAGES])
+def test_a_captured_run_equals_an_eager_one(tmp_path, stages):
+    flags = ["--steps", 30, "--cuda", "--warmup", 20, *stages]
+    _, eager = train(tmp_path, *flags, "--no-cuda-graph", name="eager")
+    _, captured = train(tmp_path, *flags, name="captured")
     for name, value in weights(eager).items():
         torch.testing.assert_close(weights(captured)[name], value, rtol=1e-3, atol=1e-4)
