@@ -39,6 +39,8 @@ class CapturedStep:
         enabled: False calls it eagerly everywhere.
         generators: the random generators that it draws from, besides the device's default one.
         on_failure: told why, in one line, when recording fails; the function is called eagerly from then on.
+        beside_threads: other threads use the device too (NCCL's watchdog does): what they do during the
+            recording neither enters it nor breaks it.
 
     Raises:
         ValueError: at the recording, an input that is not a tensor on the device.
@@ -51,11 +53,13 @@ class CapturedStep:
         enabled: bool = True,
         generators: Iterable[torch.Generator] = (),
         on_failure: Callable[[str], None] = print,
+        beside_threads: bool = False,
     ):
         self.function = function
         self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0', as tensors have it
         self.generators = list(generators)
         self.on_failure = on_failure
+        self.capture_error_mode = "thread_local" if beside_threads else "global"
         self.enabled = enabled and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.enabled else None
         self.warmup_left = WARMUP_CALLS
@@ -102,7 +106,11 @@ class CapturedStep:
             for generator in self.generators:
                 graph.register_generator_state(generator)
             # The outer `with`: torch.cuda.graph alone leaves its stream the current one when its end fails.
-            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+            mode = self.capture_error_mode
+            with (
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode),
+            ):
                 self.outputs = self.function(*self.inputs)
         except (RuntimeError, AttributeError) as error:  # what torch raises when CUDA refuses
             if isinstance(error, torch.OutOfMemoryError):

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import distributed
 import runs
 from output_layers import choose_cutoffs
 from runs import UserError
@@ -120,6 +121,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         metavar="CHECKPOINT_OR_RUN",
         help="train nothing: score a checkpoint, or the best model of a run folder, on valid and test",
     )
+    distributed.add_flags(parser)
     runs.add_precision_flags(runs.add_run_flags(parser))
 
 

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
+import distributed
 import runs
 from cuda_graphs import CapturedStep
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
+from distributed import ALONE, FlatGradients, Processes
 from language_model import LanguageModel
 from lm_flags import LR_FACTOR, PATIENCE, Recipes, apply_recipe, check_flags, choose_softmax
 from relational_rnn_models import RelationalMemoryLM
@@ -34,7 +37,7 @@ from runs import UserError, say
 
 MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
 SCRIPTS = ("train_rmc", "train_rnn")
-LOWER_MEMORY = "--batch_size or --bptt, or use --adaptivesoftmax"
+LOWER_MEMORY = "--batch_size or --bptt, use --adaptivesoftmax, or raise --accumulate"
 
 
 # ---- evaluation
@@ -53,6 +56,7 @@ def evaluate(
     device: torch.device | str,
     interrupts: runs.Interrupts | None = None,
     label: str = "evaluating",
+    processes: Processes = ALONE,
 ) -> float:
     """Mean loss of a split in nats per token, each of its N - 1 targets scored once.
 
@@ -63,25 +67,28 @@ def evaluate(
             to its end: fewer columns lose less context, 1 scores the split as one stream.
         bptt: tokens of a column per step: only speed and memory depend on it.
         interrupts: looked at between windows.
+        processes: share the columns; each gets the whole split's loss.
 
     Raises:
         UserError: the split has fewer targets than columns.
         Interrupted: `interrupts` asked to stop.
     """
     columns = TokenColumns(ids, batch_size, device)
+    mine = processes.share(batch_size)
     was_training = model.training
     model.eval()
     try:
         total = torch.zeros((), dtype=torch.float64, device=device)  # read once, so that a GPU never waits
-        state = model.initial_state(batch_size)
+        state = model.initial_state(mine.stop - mine.start)
         with runs.Progress(-(-columns.length // bptt), label, quiet=True) as progress:
             for tokens, targets in columns.windows(bptt):
-                nats, state = model(tokens, targets, state)
-                total += nats.sum()
+                if len(state):  # with more processes than columns, some have none
+                    nats, state = model(tokens[mine], targets[mine], state)
+                    total += nats.sum()
                 progress.advance()
-                if interrupts is not None and interrupts.requested:
+                if interrupts is not None and processes.agree(interrupts)[0]:
                     raise Interrupted
-        return total.item() / columns.num_pairs
+        return processes.add_up(total).item() / columns.num_pairs
     finally:
         model.train(was_training)
 
@@ -231,18 +238,33 @@ class Trainer:
         args: the flags of `add_flags`.
         kind: key of MODELS.
         device: where to compute.
+        processes: among which the batch's columns are dealt out, in order; a process's share is cut into
+            `args.accumulate` pieces. Each loss is divided by the number of targets of the whole batch, so
+            that the gradients of all processes and pieces add up to that of the mean.
     """
 
     def __init__(
-        self, model: LanguageModel, corpus: Corpus, args: argparse.Namespace, kind: str, device: torch.device
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        args: argparse.Namespace,
+        kind: str,
+        device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.corpus, self.args, self.kind, self.device = model, corpus, args, kind, device
+        self.processes = processes
+        processes.check_batch("--batch_size", args.batch_size, args.accumulate)
         for name in ("valid", "test"):  # too short for the batch: say so now, not after the first epoch
             with split_named(name, "--eval-batch-size"):
                 TokenColumns(getattr(corpus, name), args.eval_batch_size)
         with split_named("train", "--batch_size"):
             self.columns = TokenColumns(corpus.train, args.batch_size, device)
-        self.replicas = runs.wrap_data_parallel(model, device, args.batch_size)
+        self.mine = processes.share(args.batch_size)
+        columns = self.mine.stop - self.mine.start
+        rows = columns // args.accumulate
+        self.pieces = [slice(start, start + rows) for start in range(0, columns, rows)]
+        self.replicas = runs.wrap_data_parallel(model, device, rows) if processes.alone else model
         # On a GPU the learning rate is a tensor: a captured step reads it anew at each replay.
         on_gpu = device.type == "cuda"
         self.lr_tensor = torch.tensor(args.lr, device=device) if on_gpu else None
@@ -253,16 +275,13 @@ class Trainer:
             self.optimizer, factor=LR_FACTOR, patience=PATIENCE, threshold=0.0
         )
         self.fingerprint = fingerprint(corpus)
+        processes.check_same("the text", self.fingerprint)
+        processes.share_weights(model)
         self.at = Position()
-        # Stays in place, as a captured step wants it; each step leaves the state after its window here.
-        self.state = model.initial_state(args.batch_size)
-        # Adaptive softmax looks up which words are where, for which the host waits; replicas need threads.
-        self.full_window = CapturedStep(
-            functools.partial(self.train_window, count=args.batch_size * args.bptt),
-            device,
-            enabled=not (args.no_cuda_graph or args.adaptivesoftmax) and self.replicas is model,
-            on_failure=runs.warn,
-        )
+        # Stays in place, as a captured step wants it; each step leaves the state after its window here: that
+        # of this process's columns.
+        self.state = model.initial_state(columns)
+        self.capture()
         # Sums of losses and gradient norms since the last reading. They stay on the device: to read them the
         # host has to wait for the GPU.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -271,6 +290,32 @@ class Trainer:
         self.interval_clock, self.timed_steps, self.timed_tokens = self.clock, 0, 0
         self.alarm = runs.Alarm(args.save_every)
         self.interrupts = runs.Interrupts()
+
+    def capture(self) -> None:
+        """Prepares a step on a full window for CUDA graphs: as one, or around what lies between the pieces.
+
+        No graph holds an exchange between processes: gradients are added up between two of them.
+        """
+        whole = self.processes.alone and len(self.pieces) == 1
+        self.gradients = None if whole else FlatGradients(self.model.parameters())
+        count = self.args.batch_size * self.args.bptt
+        captured = functools.partial(
+            CapturedStep,
+            device=self.device,
+            # Adaptive softmax looks up which words are where, for which the host waits; replicas need
+            # threads.
+            enabled=self.replicas is self.model
+            and not (self.args.no_cuda_graph or self.args.adaptivesoftmax),
+            on_failure=runs.warn,
+            beside_threads=not self.processes.alone,
+        )
+        if whole:
+            self.full_window = captured(functools.partial(self.train_window, count=count))
+        else:
+            add_gradients = captured(functools.partial(self.add_gradients, count=count))
+            self.full_window = functools.partial(
+                self.train_pieces, add_gradients=add_gradients, update=captured(self.update)
+            )
 
     # -- the loop
 
@@ -281,7 +326,8 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM; last.pt has been written.
             UserError: the loss is no longer finite; the checkpoints are from before.
         """
-        self.folder, self.log = folder, runs.RunLog(folder / "log.jsonl")
+        self.folder = folder
+        self.log = runs.RunLog(folder / "log.jsonl" if self.processes.is_main else os.devnull)
         self.clock = self.interval_clock = time.perf_counter()
         self.alarm.reset()
         with self.interrupts:
@@ -297,7 +343,7 @@ class Trainer:
         """Goes through what is left of the epoch."""
         self.model.train()
         if self.at.place == 0:
-            self.state.copy_(self.model.initial_state(self.args.batch_size))
+            self.state.copy_(self.model.initial_state(len(self.state)))
         windows, done = (-(-places // self.args.bptt) for places in (self.columns.length, self.at.place))
         with runs.Progress(windows, f"epoch {self.at.epoch}", done) as progress:
             for tokens, targets in self.columns.windows(self.args.bptt, self.at.place):
@@ -305,9 +351,10 @@ class Trainer:
                 progress.advance()
                 if self.at.step % self.args.log_interval == 0:
                     self.report(progress)
-                if self.alarm.due():
+                stop, save = self.processes.agree(self.interrupts, self.alarm.due())
+                if save:
                     self.save_last()
-                if self.interrupts.requested:
+                if stop:
                     raise Interrupted
             if self.at.interval_steps:
                 self.report(progress)
@@ -319,11 +366,15 @@ class Trainer:
             self.lr = runs.scheduled_lr(self.args.lr, self.at.step + 1, steps, self.args.warmup, cosine=True)
         stop = self.at.place + tokens.shape[1]
         count = self.targets_before(stop) - self.targets_before(self.at.place)
+        tokens, targets = tokens[self.mine], targets[self.mine]
         # Only windows that are full have the shape of the captured step; the last one of an epoch may not.
         if count == self.args.batch_size * self.args.bptt:
             self.full_window(tokens, targets)
-        else:
+        elif self.gradients is None:
             self.train_window(tokens, targets, count)
+        else:
+            add_gradients = functools.partial(self.add_gradients, count=count)
+            self.train_pieces(tokens, targets, add_gradients, self.update)
         self.at.place = stop
         self.at.step += 1
         self.at.interval_steps += 1
@@ -332,18 +383,46 @@ class Trainer:
         self.timed_tokens += count
 
     def train_window(self, tokens: torch.Tensor, targets: torch.Tensor, count: int) -> None:
-        """The work of a step, without waiting for the device; `count` of the targets are scored."""
+        """The work of a step, without waiting for the device; `count` targets of the batch are scored."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total, state = self.add_gradients(tokens, targets, self.state, count)
+        norm = self.update()
+        self.state.copy_(state)  # keep the values, cut the history
+        self.sums += torch.stack([total, norm]).double()
+
+    def train_pieces(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        add_gradients: Callable[..., Any],
+        update: Callable[..., Any],
+    ) -> None:
+        """The same step, its gradient added up over pieces of this process's columns, and over processes."""
+        self.gradients.flat.zero_()
+        for piece in self.pieces:
+            total, state = add_gradients(tokens[piece], targets[piece], self.state[piece])
+            self.state[piece].copy_(state)
+            self.sums[0] += total
+        self.processes.add_up(self.gradients.flat)
+        self.sums[1] += update()
+
+    def add_gradients(
+        self, tokens: torch.Tensor, targets: torch.Tensor, state: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores columns, adds their part of the batch's gradient; summed nats, (), and the state after."""
         started = self.timer.now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            nats, state = self.replicas(tokens, targets, self.state)
+            nats, state = self.replicas(tokens, targets, state)
         self.timer.span(started)
         total = nats.sum()  # one number per replica
-        self.optimizer.zero_grad(set_to_none=True)
         (total / count).backward()
+        return total.detach(), state.detach()
+
+    def update(self) -> torch.Tensor:
+        """Clips the gradient and takes the optimiser's step; returns the gradient's norm before, ()."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
         self.optimizer.step()
-        self.state.copy_(state.detach())  # keep the values, cut the history
-        self.sums += torch.stack([total.detach(), norm]).double()
+        return norm
 
     def targets_before(self, place: int) -> int:
         """How many targets lie before a place of the columns, counted without a look at the tensors."""
@@ -411,13 +490,15 @@ class Trainer:
             self.device,
             interrupts,
             split,
+            self.processes,
         )
 
     def test(self) -> float | None:
         """The best model's test loss in nats per token, None when there is no best model yet."""
         if not self.at.best_epoch:
             return None
-        best, _ = load_model(runs.load_checkpoint(self.folder / "best.pt"), self.device)
+        checkpoint = self.processes.from_main(lambda: runs.load_checkpoint(self.folder / "best.pt"))
+        best, _ = load_model(checkpoint, self.device)
         return self.evaluate("test", model=best)
 
     # -- log, checkpoints
@@ -460,8 +541,11 @@ class Trainer:
         )
 
     def read_sums(self) -> tuple[float, float]:
-        """Sums of losses and gradient norms since the last reading; UserError if training has diverged."""
-        nats, norms = self.sums.tolist()
+        """Sums of losses and gradient norms since the last reading; UserError if training has diverged.
+
+        Losses of all processes: all have to call it. The norm is everywhere that of the whole gradient.
+        """
+        nats, norms = self.processes.add_up(self.sums[0].clone()).item(), self.sums[1].item()
         if self.at.interval_tokens and perplexity(nats / self.at.interval_tokens) == math.inf:
             raise UserError(
                 self.diverged(f"training loss is {nats / self.at.interval_tokens:.4g} nats per token")
@@ -480,9 +564,18 @@ class Trainer:
         )
 
     def save_last(self) -> bool:
-        """Writes last.pt; when the numbers have gone bad, raises UserError and leaves the earlier file."""
-        self.read_sums()
+        """Writes last.pt; when the numbers have gone bad, raises UserError and leaves the earlier file.
+
+        The main process writes what all bring together: the states of all columns in their order, the loss of
+        all, the random generators of each.
+        """
+        nats, norms = self.read_sums()
         self.update_clock()
+        state = self.state if self.processes.alone else self.state.cpu()
+        parts = self.processes.gather((state, runs.random_states()))
+        if not self.processes.is_main:
+            return True
+        states, random = zip(*parts, strict=True)
         return runs.try_save_checkpoint(
             self.folder / "last.pt",
             {
@@ -490,9 +583,10 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "position": asdict(self.at),
-                "sums": self.sums,
-                "state": self.state,
-                "random": runs.random_states(),
+                "sums": torch.tensor([nats, norms], dtype=torch.float64),
+                "state": torch.cat(states),
+                "random": random[0],
+                "random_of_others": random[1:],  # ranks 1, 2, ...
                 "corpus": self.fingerprint,
                 "args": vars(self.args),
             },
@@ -500,14 +594,12 @@ class Trainer:
 
     def save_best(self, loss: float) -> None:
         """Writes best.pt and takes its loss as the one to beat: both or neither, so that they agree."""
-        saved = runs.try_save_checkpoint(
-            self.folder / "best.pt",
-            {
-                **describe_model(self.kind, self.model, self.corpus.vocabulary),
-                "args": vars(self.args),
-                "scores": {"epoch": self.at.epoch, "step": self.at.step, "valid_loss": loss},
-            },
-        )
+        contents = {
+            **describe_model(self.kind, self.model, self.corpus.vocabulary),
+            "args": vars(self.args),
+            "scores": {"epoch": self.at.epoch, "step": self.at.step, "valid_loss": loss},
+        }
+        saved = self.processes.from_main(lambda: runs.try_save_checkpoint(self.folder / "best.pt", contents))
         if saved:
             self.at.best_valid, self.at.best_epoch = loss, self.at.epoch
 
@@ -529,9 +621,13 @@ class Trainer:
             self.optimizer.param_groups[0]["capturable"] = self.lr_tensor is not None
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             self.at = Position(**checkpoint["position"])
+            # The main process goes on with the losses of all; the norms are the same for all.
             self.sums.copy_(checkpoint["sums"])
-            self.state.copy_(checkpoint["state"])
-            runs.restore_random_states(checkpoint["random"])
+            self.sums[0] *= self.processes.is_main
+            self.state.copy_(checkpoint["state"][self.mine])
+            self.processes.restore_random_states(
+                [checkpoint["random"], *checkpoint.get("random_of_others", ())], self.args.seed, self.at.step
+            )
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             if runs.is_out_of_memory(error):
                 raise
@@ -576,15 +672,17 @@ def run(
         the exit status: 0, or 128 + the number of the signal that stopped the run.
     """
     apply_recipe(parser, argv, recipes)
+    argv = distributed.arguments_after_restart(parser, argv)
     args = runs.parse_arguments(parser, argv, script, may_change=("epochs", "data", "evaluate"))
     check_flags(args)
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
         return score(args, runs.given_arguments(parser, argv))
-    device = runs.choose_device(args.cuda, args.threads, args.strict_float32)
+    device, processes = distributed.start(args)
     runs.seed_everything(args.seed)
-    corpus = load_corpus(args.data, args.vocab_from)
+    with processes.one_per_host_first():
+        corpus = load_corpus(args.data, args.vocab_from)
     print(
         f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
         f"tokens (train / valid / test), {len(corpus.vocabulary):,} words"
@@ -598,26 +696,29 @@ def run(
         raise UserError(str(error)) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"model: {type(model).__name__}, {parameters:,} parameters")
-    trainer = Trainer(model, corpus, args, kind, device)
+    trainer = Trainer(model, corpus, args, kind, device, processes)
+    processes.draw_apart(args.seed)
 
     if args.resume is not None:
         folder = Path(args.resume)
         last = folder / "last.pt"
-        if last.exists():  # else it was killed before its first save: begin again, same seed
-            trainer.restore(runs.load_checkpoint(last))
+        checkpoint = processes.from_main(lambda: runs.load_checkpoint(last) if last.exists() else None)
+        if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
+            trainer.restore(checkpoint)
         if args.schedule == "cosine" and "epochs" in runs.given_arguments(parser, argv):
             runs.warn("with another number of --epochs, the cosine schedule goes on along another curve")
-        runs.note_resume(folder, args, argv)
-        runs.RunLog(folder / "log.jsonl").write("resume", epoch=trainer.at.epoch, step=trainer.at.step)
+        if processes.is_main:
+            runs.note_resume(folder, args, argv)
+            runs.RunLog(folder / "log.jsonl").write("resume", epoch=trainer.at.epoch, step=trainer.at.step)
         print(
             f"run folder: {folder}, resumed at step {trainer.at.step:,} in epoch {trainer.at.epoch}",
             flush=True,
         )
     else:
-        folder = runs.create_run_folder(args.runs_folder, args.name, script)
+        folder = processes.from_main(lambda: runs.create_run_folder(args.runs_folder, args.name, script))
         print(f"run folder: {folder}", flush=True)
     try:
-        if args.resume is None:
+        if args.resume is None and processes.is_main:
             runs.write_arguments(
                 folder,
                 script,
@@ -639,7 +740,7 @@ def run(
     except BaseException:
         # Whatever it was: a run without one good loss or a checkpoint has nothing in it worth a folder.
         begun = trainer.at.epoch_tokens or trainer.at.epoch > 1 or (folder / "last.pt").exists()
-        if args.resume is None and not begun:
+        if args.resume is None and processes.is_main and not begun:
             runs.discard_run_folder(folder)
         raise
     tell_test(trainer, trainer.test(), "test")
@@ -647,15 +748,18 @@ def run(
 
 
 def tell_interrupted(trainer: Trainer, script: str) -> int:
-    """After an interrupt: the best model's test score (not for a scheduler in a hurry) and how to go on."""
+    """After an interrupt: the best model's test score (if nobody is in a hurry) and how to go on.
+
+    A scheduler that sends SIGTERM is in a hurry, and so is torchrun, which kills half a minute after Ctrl-C.
+    """
     at, signal_name = trainer.at, trainer.interrupts.requested
     say(f"stopped by {signal_name} at step {at.step:,} in epoch {at.epoch}")
-    if signal_name == "SIGINT":
+    if signal_name == "SIGINT" and trainer.processes.alone:
         if at.best_epoch:
             tell_test(trainer, trainer.test(), "interrupt")
         else:
             say("no epoch was finished, so there is no best model to test yet")
-    say(f"to go on: python {script}.py --resume {trainer.folder}")
+    say(f"to go on: {trainer.processes.launcher} {script}.py --resume {trainer.folder}")
     return trainer.interrupts.exit_status
 
 
@@ -698,13 +802,14 @@ def score(args: argparse.Namespace, given: dict[str, Any]) -> int:
     Text and columns are those of its run, unless the command line gives others.
     """
     path = find_checkpoint(args.evaluate)
-    device = runs.choose_device(args.cuda, args.threads, args.strict_float32)
+    device, processes = distributed.start(args)
     checkpoint = runs.load_checkpoint(path)
     model, vocabulary = load_model(checkpoint, device)
     saved = checkpoint.get("args")
     saved = saved if isinstance(saved, dict) else {}
     vocab_from = saved.get("vocab_from") if saved.get("vocab_from") in ("all", "train") else args.vocab_from
-    corpus = load_corpus(args.data if "data" in given else str(saved.get("data", args.data)), vocab_from)
+    with processes.one_per_host_first():
+        corpus = load_corpus(args.data if "data" in given else str(saved.get("data", args.data)), vocab_from)
     columns = args.eval_batch_size
     if "eval_batch_size" not in given and isinstance(saved.get("eval_batch_size"), int):
         columns = max(1, saved["eval_batch_size"])
@@ -716,6 +821,7 @@ def score(args: argparse.Namespace, given: dict[str, Any]) -> int:
     print(f"{path} ({type(model).__name__}) on {corpus.folder}, {columns} columns", flush=True)
     for split in ("valid", "test"):
         with split_named(split, "--eval-batch-size"):
-            loss = evaluate(model, getattr(corpus, split), columns, args.bptt, device, label=split)
+            ids = getattr(corpus, split)
+            loss = evaluate(model, ids, columns, args.bptt, device, None, split, processes)
         say(f"{split}: {loss_text(loss)}{best_possible(corpus.folder, split)}")
     return 0

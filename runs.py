@@ -58,20 +58,36 @@ class UserError(Exception):
     """A mistake that the user can mend. The message says what was wrong, what was found and what to do."""
 
 
-def run_script(main: Callable[[], int | None], lower: str = "the batch size") -> NoReturn:
+def print_error(message: str) -> None:
+    """Prints the message that a script ends with."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def run_script(
+    main: Callable[[], int | None],
+    lower: str = "the batch size",
+    tell: Callable[[str], None] = print_error,
+) -> NoReturn:
     """Runs a script's `main` and exits with its status; expected failures get one message and no traceback.
 
     Args:
         main: called without arguments; returns an exit status, None for 0.
         lower: what the user can lower when memory runs out, to end the sentence "Lower ...".
+        tell: what is done with the message.
     """
+
+    def complain(message: str, status: int = EXIT_USER_ERROR) -> int:
+        sys.stdout.flush()
+        tell(message)
+        return status
+
     try:
         status = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        status = _complain(str(error))
+        status = complain(str(error))
     except KeyboardInterrupt:
-        status = _complain("interrupted", EXIT_INTERRUPTED)
+        status = complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; without this, Python complains again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,20 +96,14 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
         if not is_out_of_memory(error):
             raise
         first_line = (str(error).strip() or "the system refused to give more").splitlines()[0]
-        status = _complain(f"out of memory: {first_line}\nLower {lower}.")
+        status = complain(f"out of memory: {first_line}\nLower {lower}.")
     except OSError as error:
         if (
             error.filename is None
         ):  # not about a file the user can look at: a bug, and a bug needs its traceback
             raise
-        status = _complain(f"{error.filename}: {error.strerror}")
+        status = complain(f"{error.filename}: {error.strerror}")
     sys.exit(status)
-
-
-def _complain(message: str, status: int = EXIT_USER_ERROR) -> int:
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return status
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -146,7 +156,17 @@ probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
 
 # What may differ when a run goes on: where it runs and how much it tells and saves, not what it computes.
 RESUME_MAY_CHANGE = frozenset(
-    {"resume", "cuda", "log_interval", "save_every", "threads", "runs_folder", "no_cuda_graph"}
+    {
+        "resume",
+        "cuda",
+        "log_interval",
+        "save_every",
+        "threads",
+        "runs_folder",
+        "no_cuda_graph",
+        "accumulate",
+        "collective_timeout",
+    }
 )
 
 
@@ -693,16 +713,20 @@ def restore_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
-def choose_device(cuda: bool, threads: int = 0, strict_float32: bool = False) -> torch.device:
+def choose_device(
+    cuda: bool, threads: int = 0, strict_float32: bool = False, own_gpu: int | None = None
+) -> torch.device:
     """The device to compute on, said in one line.
 
     Args:
         cuda: the user asked for the GPU.
         threads: CPU threads for torch, 0 for its own choice.
         strict_float32: keep a GPU from rounding the products' factors to TF32.
+        own_gpu: the number of the one GPU that this process is to use, the others being for processes
+            beside it; None where it has them all.
 
     Raises:
-        UserError: a GPU was asked for and there is none that torch can use.
+        UserError: a GPU was asked for and there is none that torch can use, or too few for the processes.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -721,6 +745,16 @@ def choose_device(cuda: bool, threads: int = 0, strict_float32: bool = False) ->
     torch.set_float32_matmul_precision("highest" if strict_float32 else "high")
     torch.backends.cudnn.allow_tf32 = not strict_float32
     count = torch.cuda.device_count()
+    if own_gpu is not None:
+        if own_gpu >= count:
+            raise UserError(
+                f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', f'at least {own_gpu + 1}')} processes "
+                f"on this host, but torch finds {count} GPU{'s' * (count != 1)} here, and each process needs "
+                f"its own. Use --nproc-per-node={count}."
+            )
+        torch.cuda.set_device(own_gpu)
+        print(f"device: GPU {torch.cuda.get_device_name(own_gpu)}, one for each process", flush=True)
+        return torch.device("cuda", own_gpu)
     print(
         f"device: {count} x GPU {torch.cuda.get_device_name(0)}"
         if count > 1

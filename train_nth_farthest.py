@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+import distributed
 import runs
 from core_flags import add_core_flags, core_arguments
 from cuda_graphs import CapturedStep
+from distributed import ALONE, FlatGradients, Processes
 from nth_farthest import (
     MODELS,
     NthFarthestModel,
@@ -196,6 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train nothing: accuracy by n and picture of the attention of a run's best.pt, "
         "in that run's precision",
     )
+    distributed.add_flags(parser)
     runs.add_precision_flags(runs.add_run_flags(parser))
     return parser
 
@@ -310,11 +314,26 @@ class Trainer:
         model: on `device`.
         args: the flags of `build_parser`.
         device: where to compute.
+        processes: among which the batch's examples are dealt out; a process's share is cut into
+            `args.accumulate` pieces.
     """
 
-    def __init__(self, model: NthFarthestModel, args: argparse.Namespace, device: torch.device) -> None:
-        self.model, self.args, self.device = model, args, device
-        self.replicas = runs.wrap_data_parallel(model, device, args.batch_size)
+    def __init__(
+        self,
+        model: NthFarthestModel,
+        args: argparse.Namespace,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.model, self.args, self.device, self.processes = model, args, device, processes
+        processes.check_batch("--batch-size", args.batch_size, args.accumulate)
+        processes.share_weights(model)
+        mine = processes.share(args.batch_size)
+        rows = (mine.stop - mine.start) // args.accumulate
+        self.pieces = [slice(start, start + rows) for start in range(mine.start, mine.stop, rows)]
+        self.replicas = runs.wrap_data_parallel(model, device, rows) if processes.alone else model
+        whole = processes.alone and args.accumulate == 1
+        self.gradients = None if whole else FlatGradients(model.parameters())
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.lr = torch.zeros((), device=device)  # a tensor: a captured step reads it anew at each replay
         self.optimizer = torch.optim.Adam(
@@ -323,34 +342,63 @@ class Trainer:
         # Sums of losses, right answers and gradient norms since the last report. They stay on the device: to
         # read them the host has to wait for the GPU.
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.step = CapturedStep(
-            self.train_step,
-            device,
+        captured = functools.partial(
+            CapturedStep,
+            device=device,
             enabled=not args.no_cuda_graph and self.replicas is model,
             generators=[self.generator],
             on_failure=runs.warn,
+            beside_threads=not processes.alone,
         )
         self.stages = curriculum(args)
         # Without a curriculum the examples are drawn as they always were.
         self.shown = torch.tensor(self.stages[0], device=device) if len(self.stages) > 1 else None
+        # As one graph, or as two, with the exchange between processes outside.
+        self.parts = (self.add_gradients, self.update)
+        if processes.alone:
+            self.step = captured(self.train_step)
+        else:
+            self.parts = tuple(map(captured, self.parts))
+            self.step = self.train_step
         self.test_set = fixed_test_set(args, TEST_SEED, args.test_examples, device)
         self.at = Position()
         self.interrupts = runs.Interrupts()
 
     def train_step(self) -> None:
         """One optimiser step on a fresh batch. Nothing in it waits for the device, as CUDA graphs want it."""
+        add_gradients, update = self.parts
+        add_gradients()
+        if self.gradients is not None:
+            self.processes.add_up(self.gradients.flat)
+        update()
+
+    def add_gradients(self) -> None:
+        """Draws a batch and makes the gradient of this process's part of it.
+
+        All processes draw the whole batch, hence the same one, and each takes its own examples: N processes
+        train on what one would. The price is that drawing, a small part of a step, gets no faster.
+        """
         args = self.args
         inputs, targets = make_batch(
             args.batch_size, args.num_vectors, args.num_dims, self.generator, self.device, self.shown
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-            logits = self.replicas(inputs)
-        loss, correct = loss_and_correct(logits, targets)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip or math.inf)
+        if self.gradients is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.gradients.flat.zero_()
+        for rows in self.pieces:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+                logits = self.replicas(inputs[rows])
+            loss, correct = loss_and_correct(logits, targets[rows])
+            loss = loss * (len(logits) / args.batch_size)  # the piece's part of the batch's mean
+            loss.backward()
+            self.sums[:2] += torch.stack([loss.detach(), correct]).double()
+
+    def update(self) -> None:
+        """Clips the gradient and takes the optimiser's step."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
         self.optimizer.step()
-        self.sums += torch.stack([loss.detach(), correct, norm]).double()
+        self.sums[2] += norm
 
     def train(self, folder: Path) -> str:
         """Trains until the steps are done, the target is held, the session's time is over or a signal comes.
@@ -361,7 +409,8 @@ class Trainer:
         Raises:
             UserError: the loss is no longer finite; the checkpoints are from before.
         """
-        self.folder, self.log = folder, runs.RunLog(folder / "log.jsonl")
+        self.folder = folder
+        self.log = runs.RunLog(folder / "log.jsonl" if self.processes.is_main else os.devnull)
         saving, ending = runs.Alarm(self.args.save_every), runs.Alarm(self.args.stop_after)
         self.start_interval()
         self.clock = self.interval_clock
@@ -376,9 +425,10 @@ class Trainer:
                 progress.advance()
                 if self.at.step % self.args.log_interval == 0 or self.at.step == self.args.steps:
                     self.report(progress)
-                if saving.due():
+                stop, save, end = self.processes.agree(self.interrupts, saving.due(), ending.due())
+                if save:
                     self.save_last()
-                if self.interrupts.requested or ending.due():
+                if stop or end:
                     break
             self.save_last()
         if self.finished():
@@ -392,8 +442,7 @@ class Trainer:
     def report(self, progress: runs.Progress) -> None:
         """Reads the sums, measures the test accuracy; a "train" event and a line; best.pt where it is due."""
         args, at = self.args, self.at
-        self.check_finite()
-        loss, accuracy, grad_norm = (self.sums / at.interval_steps).tolist()
+        loss, accuracy, grad_norm = (self.finite_sums() / at.interval_steps).tolist()
         accuracy /= args.batch_size
         # The clock is read after the sums, for which the device had to finish, and before the test.
         speed = self.timed_steps * args.batch_size / max(time.perf_counter() - self.interval_clock, 1e-9)
@@ -439,10 +488,13 @@ class Trainer:
     def test(self) -> float:
         """Accuracy on the test set, not in bfloat16: as the final report measures it."""
         inputs, targets = self.test_set
+        mine = self.processes.share(len(targets))
+        right = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
-        correct = is_correct(self.model, inputs, targets, self.args.batch_size)
+        if mine.stop > mine.start:
+            right += is_correct(self.model, inputs[mine], targets[mine], self.args.batch_size).sum()
         self.model.train()
-        return correct.double().mean().item()
+        return self.processes.add_up(right).item() / len(targets)
 
     def update_clock(self) -> None:
         """Adds the time since the last call to the run's seconds."""
@@ -450,27 +502,30 @@ class Trainer:
         self.at.seconds += now - self.clock
         self.clock = now
 
-    def check_finite(self) -> None:
-        """Raises UserError if since the last report a loss or gradient was not finite."""
-        if not self.sums.isfinite().all():
+    def finite_sums(self) -> torch.Tensor:
+        """The sums since the last report, (3,), over all processes; UserError if they are not finite.
+
+        All have to call it. The norm is everywhere that of the whole gradient.
+        """
+        sums = torch.cat([self.processes.add_up(self.sums[:2].clone()), self.sums[2:]])
+        if not sums.isfinite().all():
             raise UserError(
                 f"the loss or its gradient is no longer finite (noticed at step {self.at.step:,}). "
                 f"{self.folder} keeps the checkpoints from before. "
                 f"Start a new run with a lower --lr than {self.args.lr:g}."
             )
+        return sums
 
     # -- checkpoints
 
     def save_best(self, accuracy: float) -> None:
         """Writes best.pt and takes its accuracy as the one to beat: both or neither, so that they agree."""
-        saved = runs.try_save_checkpoint(
-            self.folder / "best.pt",
-            {
-                **describe_model(self.model),
-                "args": vars(self.args),
-                "scores": {"step": self.at.step, "test_accuracy": accuracy},
-            },
-        )
+        contents = {
+            **describe_model(self.model),
+            "args": vars(self.args),
+            "scores": {"step": self.at.step, "test_accuracy": accuracy},
+        }
+        saved = self.processes.from_main(lambda: runs.try_save_checkpoint(self.folder / "best.pt", contents))
         if saved:
             self.at.best_accuracy, self.at.best_step = accuracy, self.at.step
 
@@ -482,10 +537,11 @@ class Trainer:
         """
         path = folder / "best.pt"
         self.at.best_accuracy, self.at.best_step = Position.best_accuracy, Position.best_step
-        if not path.exists():
+        best = self.processes.from_main(lambda: runs.load_checkpoint(path) if path.exists() else None)
+        if best is None:
             return
         try:
-            scores = runs.load_checkpoint(path)["scores"]
+            scores = best["scores"]
             self.at.best_accuracy, self.at.best_step = float(scores["test_accuracy"]), int(scores["step"])
         except (KeyError, TypeError, ValueError):
             raise UserError(
@@ -494,15 +550,17 @@ class Trainer:
 
     def save_last(self) -> None:
         """Writes last.pt: everything that the next step depends on."""
-        self.check_finite()
+        sums = self.finite_sums()
         self.update_clock()
+        if not self.processes.is_main:
+            return
         runs.try_save_checkpoint(
             self.folder / "last.pt",
             {
                 **describe_model(self.model),
                 "optimizer": self.optimizer.state_dict(),
                 "position": asdict(self.at),
-                "sums": self.sums,
+                "sums": sums,
                 "generator": self.generator.get_state(),
                 "device": self.device.type,
                 "random": runs.random_states(),
@@ -521,7 +579,9 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.at = Position(**checkpoint["position"])
             self.enter_stage(self.at.stage)
+            # The main process goes on with the losses of all; the norms are the same for all.
             self.sums.copy_(checkpoint["sums"])
+            self.sums[:2] *= self.processes.is_main
             if checkpoint["device"] == self.device.type:
                 self.generator.set_state(checkpoint["generator"].cpu())
             else:  # CPU and GPU generators cannot take each other's state; fresh examples serve as well
@@ -647,12 +707,13 @@ def draw_attention(model: NthFarthestModel, inputs: torch.Tensor, path: Path) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains (or, with --evaluate, only measures) as the command line says; returns the exit status."""
     parser = build_parser()
+    argv = distributed.arguments_after_restart(parser, argv)
     args = runs.parse_arguments(parser, argv, SCRIPT, may_change=RESUME_MAY_CHANGE)
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
         return evaluate_run(parser, args)
-    device = runs.choose_device(args.cuda, args.threads, args.strict_float32)
+    device, processes = distributed.start(args)
     runs.seed_everything(args.seed)
     build = functools.partial(build_model, args, "headsize" in runs.given_arguments(parser, argv))
     runs.check_model_fits(build, device)
@@ -661,19 +722,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     K = args.num_vectors
     print(f"task: {K} vectors of {args.num_dims} dimensions; chance {1 / K:.1%}, plateau {2 / K:.1%}")
     print(f"model: {args.model}, {parameters:,} parameters")
-    trainer = Trainer(model, args, device)
+    trainer = Trainer(model, args, device, processes)
 
     if args.resume is None:
-        folder = runs.create_run_folder(args.runs_folder, args.name, SCRIPT)
-        runs.write_arguments(folder, SCRIPT, args, argv, parameters=parameters)
+        folder = processes.from_main(lambda: runs.create_run_folder(args.runs_folder, args.name, SCRIPT))
+        if processes.is_main:
+            runs.write_arguments(folder, SCRIPT, args, argv, parameters=parameters)
         print(f"run folder: {folder}", flush=True)
     else:
         folder = Path(args.resume)
-        if (folder / "last.pt").exists():  # else it was killed before its first save: begin again, same seed
-            trainer.restore(runs.load_checkpoint(folder / "last.pt", device))
+        last, where = folder / "last.pt", device if processes.alone else "cpu"
+        checkpoint = processes.from_main(lambda: runs.load_checkpoint(last, where) if last.exists() else None)
+        if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
+            trainer.restore(checkpoint)
         trainer.restore_best(folder)
-        runs.note_resume(folder, args, argv)
-        runs.RunLog(folder / "log.jsonl").write("resume", step=trainer.at.step)
+        if processes.is_main:
+            runs.note_resume(folder, args, argv)
+            runs.RunLog(folder / "log.jsonl").write("resume", step=trainer.at.step)
         print(f"run folder: {folder}, resumed at step {trainer.at.step:,}", flush=True)
         if trainer.at.times_on_target >= HOLD:
             say(
@@ -687,7 +752,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = trainer.train(folder)
     except BaseException:
         # A run without one report or checkpoint has nothing in it worth a folder.
-        if args.resume is None and not (trainer.at.best_step or (folder / "last.pt").exists()):
+        begun = trainer.at.best_step or (folder / "last.pt").exists()
+        if args.resume is None and processes.is_main and not begun:
             runs.discard_run_folder(folder)
         raise
     if outcome != "finished":
@@ -695,15 +761,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         best = max(0.0, trainer.at.best_accuracy)
         say(f"stopped by {why} at step {trainer.at.step:,}, test accuracy at best {best:.1%}")
         say(f"to measure what there is: python {SCRIPT}.py --evaluate {folder}")
-        say(f"to go on: python {SCRIPT}.py --resume {folder}")
+        say(f"to go on: {processes.launcher} {SCRIPT}.py --resume {folder}")
         return trainer.interrupts.exit_status
-    if scores := final_report(folder, args, device):
+    if processes.is_main and (scores := final_report(folder, args, device)):
         trainer.log.write("final", step=trainer.at.step, **scores)
     return 0
 
 
 def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Measures the best model of a run, with its own arguments and precision, on the device asked for now."""
+    if not distributed.from_environment().is_main:  # nothing to share: seconds of work
+        return 0
     folder = Path(args.evaluate)
     of_run = runs.parse_arguments(parser, ["--resume", str(folder)], SCRIPT)
     of_run.cuda, of_run.threads = args.cuda, args.threads
@@ -712,4 +780,4 @@ def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    distributed.run_script(main, "--batch-size, or raise --accumulate")

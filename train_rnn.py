@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import distributed
 import lm_flags
 import lm_training
 import runs
@@ -103,4 +104,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    runs.run_script(main, lm_training.LOWER_MEMORY)
+    distributed.run_script(main, lm_training.LOWER_MEMORY)

@@ -918,7 +918,7 @@ class FailingCapture:
         self.tensors = [*trainer.model.parameters(), trainer.sums, *state]
         self.trainer, self.captures = trainer, 0
 
-    def __call__(self, graph, stream):
+    def __call__(self, graph, stream, capture_error_mode):
         return self
 
     def __enter__(self):
