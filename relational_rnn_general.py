@@ -189,7 +189,11 @@ class RelationalMemory(nn.Module):
         return identity.repeat(batch_size, 1, 1)
 
     def forward(
-        self, inputs: Tensor, memory: Tensor | None = None, return_gates: bool = False
+        self,
+        inputs: Tensor,
+        memory: Tensor | None = None,
+        return_gates: bool = False,
+        candidate_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Run the core over a sequence.
 
@@ -198,6 +202,9 @@ class RelationalMemory(nn.Module):
                 flattened after M.
             memory: the memory before the first step, (B, N, D); None for the initial state.
             return_gates: also return the last step's gates.
+            candidate_mask: factors on the candidate (after its tanh, if there are gates) at every step,
+                (B, N, D); none where None. Drawn once per sequence it is the recurrent dropout of Semeniuta
+                et al. 2016 (arXiv:1603.05118). It gets no gradient.
 
         Returns:
             outputs: (B, T, N * D) with return_all_outputs, else the last step's (B, N * D).
@@ -219,26 +226,31 @@ class RelationalMemory(nn.Module):
             memory = self._initial_state(batch_size, inputs)
         else:
             memory = self._checked_memory(memory, batch_size)
+        mask = self._checked_mask(candidate_mask, memory)
         if self.fast and batch_size > 0 and not _transforms_are_active():
-            outputs, memory, before = self._run_fast(inputs, memory)
+            outputs, memory, before = self._run_fast(inputs, memory, mask)
         else:
-            outputs, memory, before = self._run_plain(inputs, memory)
+            outputs, memory, before = self._run_plain(inputs, memory, mask)
         output = outputs if self.return_all_outputs else memory.flatten(1)
         if return_gates:
             return output, memory, self.gates(self.input_projection(inputs[:, -1]), before)
         return output, memory
 
-    def _run_plain(self, inputs: Tensor, memory: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _run_plain(
+        self, inputs: Tensor, memory: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """A loop of steps: outputs (B, T, N * D) if wanted, the last memory and the one before it."""
         outputs = []
         for input_t in inputs.unbind(1):
             before = memory
-            memory = self._advance(self.input_projection(input_t), memory)
+            memory = self._advance(self.input_projection(input_t), memory, mask)
             if self.return_all_outputs:
                 outputs.append(memory.flatten(1))
         return torch.stack(outputs, dim=1) if outputs else None, memory, before
 
-    def _run_fast(self, inputs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_fast(
+        self, inputs: Tensor, memory: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same as _run_plain, arranged for speed; see the second half of this file."""
         device, dtype = inputs.device.type, self.input_projection.weight.dtype
         lower = None                            # the type that autocast wants products to be of
@@ -254,14 +266,15 @@ class RelationalMemory(nn.Module):
             weights = self._scan_weights(lower)
             qkv_in, gate_in, rows = self._hoist(inputs.transpose(0, 1).contiguous(), weights, lower)
             memory = memory.contiguous()
+            mask = None if mask is None else mask.to(memory).contiguous()
             flat = weights.flatten()
             if torch.is_grad_enabled() and any(
                 x is not None and x.requires_grad for x in (memory, qkv_in, gate_in, rows, *flat)
             ):
-                memories, last = _Scan.apply(shape, memory, qkv_in, gate_in, rows, *flat)
+                memories, last = _Scan.apply(shape, memory, mask, qkv_in, gate_in, rows, *flat)
             else:
                 tapes = [_NoTape()] * (self.num_blocks + 1)
-                memories = _scan(shape, weights, memory, qkv_in, gate_in, rows, tapes)
+                memories = _scan(shape, weights, memory, mask, qkv_in, gate_in, rows, tapes)
                 last = memories[-1].clone()
         return memories.flatten(2).transpose(0, 1), last, memories[-2] if len(memories) > 1 else memory
 
@@ -332,7 +345,11 @@ class RelationalMemory(nn.Module):
         return _Weights(blocks, mlp, None if self.gate_style is None else matrix(self.memory_gate_projection))
 
     def step(
-        self, input_t: Tensor, memory: Tensor, return_details: bool = False
+        self,
+        input_t: Tensor,
+        memory: Tensor,
+        return_details: bool = False,
+        candidate_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, StepDetails]:
         """Advance the memory by one time step: the core as a cell, and the reference of the sequence path.
 
@@ -340,6 +357,7 @@ class RelationalMemory(nn.Module):
             input_t: input of this step, (B, ...), flattened to input_size; with input_rows > 1, (B, M, ...).
             memory: memory before the step, (B, N, D).
             return_details: also return the gates and the attention weights of this step.
+            candidate_mask: as in forward.
 
         Returns:
             The memory after the step, (B, N, D); its rows flattened are the output. With return_details, also
@@ -350,24 +368,35 @@ class RelationalMemory(nn.Module):
         """
         input_t = self._as_rows(input_t, leading=("B",))
         memory = self._checked_memory(memory, input_t.size(0))
+        mask = self._checked_mask(candidate_mask, memory)
         rows = self.input_projection(input_t)
         if not return_details:
-            return self._advance(rows, memory)
+            return self._advance(rows, memory, mask)
         attention: list[Tensor] = []
-        after = self._advance(rows, memory, attention)
+        after = self._advance(rows, memory, mask, attention)
         gates = (None, None) if self.gate_style is None else self.gates(rows, memory)
         return after, StepDetails(*gates, attention)
 
-    def _advance(self, rows: Tensor, memory: Tensor, attention: list[Tensor] | None = None) -> Tensor:
+    def _advance(
+        self,
+        rows: Tensor,
+        memory: Tensor,
+        mask: Tensor | None = None,
+        attention: list[Tensor] | None = None,
+    ) -> Tensor:
         """One step from projected input rows (B, M, D) and memory (B, N, D) to the next memory."""
         attended = torch.cat([memory, rows], dim=1)                           # (B, R, D), the [M; x] of eq. 2
         for block in self.blocks:
             attended = self._attend(block, attended, attention)
         candidate = attended[:, : self.mem_slots]                              # (B, N, D), input rows dropped
+        if self.gate_style is not None:
+            candidate = torch.tanh(candidate)
+        if mask is not None:
+            candidate = candidate * mask
         if self.gate_style is None:
             return candidate
         input_gate, forget_gate = self.gates(rows, memory)
-        return input_gate * torch.tanh(candidate) + forget_gate * memory            # eq. 7
+        return input_gate * candidate + forget_gate * memory                        # eq. 7
 
     def _attend(self, block: AttentionBlock, rows: Tensor, attention: list[Tensor] | None) -> Tensor:
         """One block: the rows (B, R, D) attend to each other (eq. 2), then each goes through the MLP."""
@@ -475,6 +504,13 @@ class RelationalMemory(nn.Module):
                 f"memory must have shape (B, mem_slots, mem_size) = {expected}, got {tuple(memory.shape)}"
             )
         return memory
+
+    def _checked_mask(self, mask: Tensor | None, memory: Tensor) -> Tensor | None:
+        if mask is not None and mask.shape != memory.shape:
+            raise ValueError(
+                f"candidate_mask must have the memory's shape {tuple(memory.shape)}, got {tuple(mask.shape)}"
+            )
+        return None if mask is None else mask.detach()
 
 
 def _transforms_are_active() -> bool:
@@ -630,23 +666,25 @@ _REFUSAL = (
 class _Scan(torch.autograd.Function):
     """All time steps of the core from hoisted input parts, forward and backward pass by hand.
 
-    Inputs:  memory (B, N, D); qkv_in (T, B, M, F), normed; gate_in (T, B, G) with all biases, None without
-             gates; rows (T, B, M, D) if there are blocks before the last, else None; _Weights.flatten().
+    Inputs:  memory (B, N, D); mask (B, N, D), the candidate's factors, or None; qkv_in (T, B, M, F), normed;
+             gate_in (T, B, G) with all biases, None without gates; rows (T, B, M, D) if there are blocks
+             before the last, else None; _Weights.flatten().
     Outputs: the memories after every step (T, B, N, D), and the last one again (B, N, D).
     """
 
     @staticmethod
-    def forward(ctx, shape, memory, qkv_in, gate_in, rows, *flat):
+    def forward(ctx, shape, memory, mask, qkv_in, gate_in, rows, *flat):
         weights = _Weights.group(shape, flat)
         steps, batch = qkv_in.shape[:2]
         deferred = batch * (shape.slots + shape.input_rows) <= DEFERRED_ROWS
         tapes = _make_tapes(shape, memory, steps if deferred else 0)
-        memories = _scan(shape, weights, memory, qkv_in, gate_in, rows, tapes)
+        memories = _scan(shape, weights, memory, mask, qkv_in, gate_in, rows, tapes)
         # Everything through save_for_backward, which lets go of it as soon as the backward pass is over.
         packed = [tape.pack() for tape in tapes]
         ctx.shape, ctx.deferred = shape, deferred
         ctx.layouts = [(len(tensors), layout) for tensors, layout in packed]
-        ctx.save_for_backward(memory, qkv_in, memories, *flat, *(x for tensors, _ in packed for x in tensors))
+        own = (x for tensors, _ in packed for x in tensors)
+        ctx.save_for_backward(memory, mask, qkv_in, memories, *flat, *own)
         ctx.set_materialize_grads(False)
         return memories, memories[-1].clone()
 
@@ -656,7 +694,7 @@ class _Scan(torch.autograd.Function):
             raise RuntimeError(_REFUSAL)
         # Whoever used the results in another layout may hand back gradients in that layout.
         grad_memories, grad_last = (g if g is None else g.contiguous() for g in (grad_memories, grad_last))
-        memory, qkv_in, memories, *rest = ctx.saved_tensors
+        memory, mask, qkv_in, memories, *rest = ctx.saved_tensors
         end, tapes = len(rest), []
         for count, layout in reversed(ctx.layouts):
             tapes.insert(0, _Tape.unpack(rest[end - count : end], layout))
@@ -664,12 +702,13 @@ class _Scan(torch.autograd.Function):
         weights = _Weights.group(ctx.shape, rest[:end])
         with torch.autocast(memory.device.type, enabled=False):
             try:
-                gradients = _scan_backward(
+                grad_memory, *gradients = _scan_backward(
                     ctx.shape,
                     weights,
                     tapes,
                     ctx.deferred,
                     memory,
+                    mask,
                     qkv_in,
                     memories,
                     grad_memories,
@@ -679,7 +718,7 @@ class _Scan(torch.autograd.Function):
                 if "atching rule" in str(error):        # torch's vmap over the gradients
                     raise RuntimeError(_REFUSAL) from error
                 raise
-        return None, *gradients
+        return None, grad_memory, None, *gradients
 
 
 def _make_tapes(shape, memory, steps):
@@ -698,7 +737,7 @@ def _make_tapes(shape, memory, steps):
     return [*tapes, _Tape(stacks(slots, ["squashed"] if shape.gate_style else []))]
 
 
-def _scan(shape, weights, memory, qkv_in, gate_in, rows, tapes):
+def _scan(shape, weights, memory, mask, qkv_in, gate_in, rows, tapes):
     """The time loop; returns the memories (T, B, N, D). The tapes take what the backward pass needs."""
     memories = memory.new_empty(qkv_in.size(0), *memory.shape)
     given = _given(shape, qkv_in)
@@ -712,15 +751,18 @@ def _scan(shape, weights, memory, qkv_in, gate_in, rows, tapes):
                 shape, weights, index, t, z, given[t] if first else None, rows[t] if rows and first else None,
                 tapes[index],
             )
-        if weights.gate is None:
+        if weights.gate is None and mask is None:
             after.copy_(z)
+        elif weights.gate is None:
+            torch.mul(z, mask, out=after)
         else:
             candidate = z.tanh_()
             slot = tapes[-1].slot("squashed", t)
             squashed = torch.tanh(memory.view(-1, memory.size(-1)), out=slot)
             gates = _gates(weights.gate, gate_in[t], squashed)
             input_gate, forget_gate = gates.chunk(2, dim=-1)
-            torch.mul(forget_gate, memory, out=after).addcmul_(input_gate, candidate)
+            kept = candidate if mask is None else candidate * mask
+            torch.mul(forget_gate, memory, out=after).addcmul_(input_gate, kept)
             tapes[-1].keep(candidate=candidate, squashed=squashed, gates=gates)
         memory = after
     return memories
@@ -917,7 +959,9 @@ class _NormGradient:
         return torch.stack(self.gain_grads).sum(0), torch.stack(self.shift_grads).sum(0)
 
 
-def _scan_backward(shape, weights, tapes, deferred, memory, qkv_in, memories, grad_memories, grad_last):
+def _scan_backward(
+    shape, weights, tapes, deferred, memory, mask, qkv_in, memories, grad_memories, grad_last
+):
     """The time loop backwards; returns gradients by memory, qkv_in, gate_in, rows and the flat weights."""
     steps, batch, slots, width = memories.shape
 
@@ -957,8 +1001,9 @@ def _scan_backward(shape, weights, tapes, deferred, memory, qkv_in, memories, gr
     for t in reversed(range(steps)):
         before = after[t - 1] if t > 0 else memory
         grad = carry if grad_after is None else carry + grad_after[t]
+        grad_candidate = grad if mask is None else grad * mask
         if weights.gate is None:
-            grad_z, carry = grad, None
+            grad_z, carry = grad_candidate, None
         else:
             kept = tapes[-1].at(t)
             input_gate, forget_gate = kept["gates"].chunk(2, dim=-1)
@@ -968,10 +1013,10 @@ def _scan_backward(shape, weights, tapes, deferred, memory, qkv_in, memories, gr
             grad_gates = errors.view(batch, slots, -1)
             to_input, to_forget = grad_gates.chunk(2, dim=-1)
             if shape.gate_style == "unit":
-                torch.mul(grad, kept["candidate"], out=to_input)
+                torch.mul(grad_candidate, kept["candidate"], out=to_input)
                 torch.mul(grad, before, out=to_forget)
             else:
-                torch.sum(grad * kept["candidate"], dim=-1, keepdim=True, out=to_input)
+                torch.sum(grad_candidate * kept["candidate"], dim=-1, keepdim=True, out=to_input)
                 torch.sum(grad * before, dim=-1, keepdim=True, out=to_forget)
             _sigmoid_backward(grad_gates, kept["gates"], out=grad_gates)
             if slots > 1:
@@ -979,7 +1024,7 @@ def _scan_backward(shape, weights, tapes, deferred, memory, qkv_in, memories, gr
             gate_grad.add(t, errors, kept["squashed"])
             grad_squashed = _tanh_backward(_product(errors, weights.gate), kept["squashed"])
             carry = grad_squashed.view_as(memory).addcmul_(grad, forget_gate)
-            grad_z = _tanh_backward(grad * input_gate, kept["candidate"])
+            grad_z = _tanh_backward(grad_candidate * input_gate, kept["candidate"])
 
         for index in reversed(blocks):
             block, kept, norms = weights.blocks[index], tapes[index].at(t), norm_grads[index]

@@ -50,9 +50,9 @@ def fast(request):
 # ----------------------------------------------------
 
 
-def numpy_step(core, inputs, memory):
-    """One sequence, one step: inputs (M, input_size) and memory (N, D) as arrays; straight from the
-    equations.
+def numpy_step(core, inputs, memory, mask=1):
+    """One sequence, one step: inputs (M, input_size), memory and candidate mask (N, D) as arrays; straight
+    from the equations.
     """
     p = {name: value.detach().numpy() for name, value in core.state_dict().items()}
 
@@ -86,15 +86,15 @@ def numpy_step(core, inputs, memory):
         z = after
     candidate = np.array(z[: core.mem_slots])
     if core.gate_style is None:
-        return candidate
+        return mask * candidate
     new = []
-    for row, old in zip(candidate, memory, strict=True):
+    for row, old in zip(mask * np.tanh(candidate), memory, strict=True):
         gates = linear("input_gate_projection", np.concatenate(rows)) + linear(
             "memory_gate_projection", np.tanh(old)
         )
         of_input, of_forget = np.split(gates, 2)
         new.append(
-            sigmoid(of_input + core.input_bias) * np.tanh(row) + sigmoid(of_forget + core.forget_bias) * old
+            sigmoid(of_input + core.input_bias) * row + sigmoid(of_forget + core.forget_bias) * old
         )
     return np.array(new)
 
@@ -113,12 +113,15 @@ def test_a_sequence_equals_numpy_loops(gate_style, blocks, rows, slots, fast):
     )
     core.fast = fast
     inputs, memory = randn(B, T, rows, INPUT), randn(B, slots, D, seed=2)
+    # With recurrent dropout in some of the cases: it comes after the blocks, whatever their number.
+    mask = randn(B, slots, D, seed=3) if blocks == 1 else None
     with torch.no_grad():
-        outputs, final = core(inputs if rows > 1 else inputs.squeeze(2), memory)
+        outputs, final = core(inputs if rows > 1 else inputs.squeeze(2), memory, candidate_mask=mask)
     for b in range(B):
         expected = memory[b].numpy()
+        factors = 1 if mask is None else mask[b].numpy()
         for t in range(T):
-            expected = numpy_step(core, inputs[b, t].numpy(), expected)
+            expected = numpy_step(core, inputs[b, t].numpy(), expected, factors)
             np.testing.assert_allclose(outputs[b, t].view(slots, D).numpy(), expected, rtol=0, atol=1e-10)
         np.testing.assert_allclose(final[b].numpy(), expected, rtol=0, atol=1e-10)
 
@@ -127,9 +130,9 @@ def test_a_sequence_equals_numpy_loops(gate_style, blocks, rows, slots, fast):
 # ------------------------------------------------------
 
 
-def everything(core, inputs, memory, used):
+def everything(core, inputs, memory, used, mask=None):
     """Outputs, final memory and all gradients of a random linear loss on the used results."""
-    outputs, final = core(inputs, memory)
+    outputs, final = core(inputs, memory, candidate_mask=mask)
     loss = 0
     if "outputs" in used:
         loss = loss + (outputs * randn(*outputs.shape, seed=3).to(outputs.dtype)).sum()
@@ -138,7 +141,7 @@ def everything(core, inputs, memory, used):
     names = ["inputs", "memory", *(name for name, _ in core.named_parameters())]
     gradients = torch.autograd.grad(loss, (inputs, memory, *core.parameters()))
     with torch.no_grad():
-        again = core(inputs, memory)
+        again = core(inputs, memory, candidate_mask=mask)
     results = {
         "outputs": outputs,
         "final": final,
@@ -160,8 +163,9 @@ OPTIONS = [
         "return_all_outputs": every,
         "used": used,
         "deferred": deferred,
+        "masked": masked,
     }
-    for index, (slots, rows, blocks, gate, layers, key, steps, every, used, deferred) in enumerate(
+    for index, (slots, rows, blocks, gate, layers, key, steps, every, used, deferred, masked) in enumerate(
         itertools.product(
             (1, N),
             (1, 2),
@@ -173,9 +177,10 @@ OPTIONS = [
             (True, False),
             ("outputs", "memory", "outputs and memory"),
             (True, False),
+            (True, False),
         )
     )
-    if index % 17 == 0  # 68 of 1,152 combinations; 17 shares no factor with the options' counts
+    if index % 41 == 0  # 113 of 4,608 combinations; 41 shares no factor with the options' counts
 ]
 
 
@@ -183,16 +188,36 @@ OPTIONS = [
 def test_fast_path_equals_plain_step_in_outputs_memories_and_every_gradient(options, monkeypatch):
     options = dict(options)
     steps, used, deferred = options.pop("steps"), options.pop("used"), options.pop("deferred")
+    masked = options.pop("masked")
     monkeypatch.setattr(relational_rnn_general, "DEFERRED_ROWS", 512 if deferred else 0)
     core = make_core(head_size=5, num_heads=3, forget_bias=0.7, input_bias=-0.2, **options)
     rows = (core.input_rows, INPUT) if core.input_rows > 1 else (INPUT,)
     inputs = randn(B, steps, *rows, requires_grad=True)
     memory = randn(B, core.mem_slots, core.mem_size, requires_grad=True, seed=2)
+    mask = randn(B, core.mem_slots, core.mem_size, seed=5) if masked else None
     results = []
     for core.fast in (False, True):
-        results.append(everything(core, inputs, memory, used))
+        results.append(everything(core, inputs, memory, used, mask))
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("gate_style", ["unit", None])
+def test_recurrent_dropout_multiplies_the_candidate_alone(gate_style, fast):
+    core = make_core(gate_style=gate_style, forget_bias=100.0)
+    core.fast = fast
+    inputs, memory = randn(B, T, INPUT), randn(B, N, D, seed=2)
+    mask = torch.zeros(B, N, D, requires_grad=True)
+    outputs, final = core(inputs, memory, candidate_mask=mask)
+    # Nothing new gets in; with gates, what was there stays.
+    expected = torch.zeros_like(memory) if gate_style is None else memory
+    torch.testing.assert_close(final, expected)
+    assert torch.autograd.grad(final.sum(), mask, allow_unused=True)[0] is None
+    half = torch.full((B, N, D), 0.5)
+    stepped = core.step(inputs[:, 0], memory, candidate_mask=half)
+    torch.testing.assert_close(core(inputs[:, :1], memory, candidate_mask=half)[1], stepped)
+    with pytest.raises(ValueError, match=r"candidate_mask must have .* \(2, 3, 28\), got \(3, 28\)"):
+        core(inputs, memory, candidate_mask=half[0])
 
 
 def test_fast_path_equals_plain_step_in_float32():
