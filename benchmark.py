@@ -134,6 +134,7 @@ class Variant:
     graph: bool = True  # capture as a CUDA graph; no effect on a CPU
     tf32: bool = True  # no effect on a CPU
     bf16: bool = False
+    keep_memory: bool = True  # the C library keeps freed memory; no effect on a GPU
 
 
 NAIVE = Variant(
@@ -183,7 +184,9 @@ def option_variants(task: Task, device: torch.device) -> list[Variant]:
     ]
     if task.kind == "lm":
         variants.append(replace(FAST, chunked=False, label="chunked cross-entropy off"))
-    if device.type == "cuda":
+    if device.type == "cpu":
+        variants.append(replace(FAST, keep_memory=False, label="freed memory handed back to the system"))
+    else:
         variants += [
             replace(FAST, graph=False, label="CUDA graph off"),
             replace(FAST, tf32=False, label="TF32 off"),
@@ -197,6 +200,7 @@ def option_variants(task: Task, device: torch.device) -> list[Variant]:
 @contextmanager
 def settings(variant: Variant, device: torch.device) -> Iterator[None]:
     """The switches of a variant that belong to whole modules, set for the duration of a call."""
+    runs.keep_freed_memory(variant.keep_memory)
     changes = []
     if variant.deferred is not None:
         changes.append((relational_rnn_general, "DEFERRED_ROWS", sys.maxsize if variant.deferred else 0))

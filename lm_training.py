@@ -328,6 +328,8 @@ class Trainer:
         """
         self.folder = folder
         self.log = runs.RunLog(folder / "log.jsonl" if self.processes.is_main else os.devnull)
+        if self.device.type == "cpu":
+            runs.keep_freed_memory()
         self.clock = self.interval_clock = time.perf_counter()
         self.alarm.reset()
         with self.interrupts:

@@ -411,6 +411,8 @@ class Trainer:
         """
         self.folder = folder
         self.log = runs.RunLog(folder / "log.jsonl" if self.processes.is_main else os.devnull)
+        if self.device.type == "cpu":
+            runs.keep_freed_memory()
         saving, ending = runs.Alarm(self.args.save_every), runs.Alarm(self.args.stop_after)
         self.start_interval()
         self.clock = self.interval_clock

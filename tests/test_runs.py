@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import resource
 import signal
 import threading
 import zipfile
@@ -532,3 +533,26 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     with runs.Progress(9, "valid", quiet=True) as progress:
         progress.report("nothing")
     assert capsys.readouterr() == ("epoch 1  10/120  loss 1.5\n", "")
+
+
+# ---- memory
+
+
+def test_freed_memory_is_kept_for_the_next_allocation():
+    if not runs.keep_freed_memory():
+        pytest.skip("only glibc can be told")
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(48 << 20, dtype=torch.uint8)  # more than glibc would keep by its own rule
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    try:
+        faults()
+        kept = faults()
+        runs.keep_freed_memory(False)
+        faults()
+        handed_back = faults()
+    finally:
+        runs.keep_freed_memory()
+    assert kept < 20 < handed_back
