@@ -74,6 +74,8 @@ class AdaptiveSoftmax(nn.Module):
             )
         self.cutoffs = cutoffs
         self.bounds = list(zip(cutoffs, [*cutoffs[1:], vocab_size], strict=True))
+        # The same where the targets are, to compare them with; no weight, so not in checkpoints.
+        self.register_buffer("starts", torch.tensor(cutoffs), persistent=False)
         self.head = nn.Linear(embedding_size, cutoffs[0] + len(self.bounds))
         # An entry that stands for many words starts with their share: every word starts out equally likely.
         nn.init.zeros_(self.head.bias)
@@ -90,16 +92,17 @@ class AdaptiveSoftmax(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
-        head_targets = targets
+        # 0 for a word of the head (and for padding), i + 1 for one of cluster i.
+        part = torch.bucketize(targets, self.starts, right=True)
+        # How many rows each cluster gets is in the data: the one moment at which the host waits for a GPU.
+        counts = (part.unsqueeze(1) == torch.arange(len(self.bounds) + 1, device=part.device)).sum(0).tolist()
+        _, *rows_of = part.argsort(stable=True).split(counts)
         nats = _widened(hidden.new_zeros(()))
-        for cluster, (low, high) in enumerate(self.bounds):
-            inside = (targets >= low) & (targets < high)
-            head_targets = torch.where(inside, self.cutoffs[0] + cluster, head_targets)
-            rows = inside.nonzero().squeeze(1)
-            project, score = self.tail[cluster]
+        for (project, score), (low, _), rows in zip(self.tail, self.bounds, rows_of, strict=True):
             # Without a target here the sum is over nothing, yet the cluster stays in the graph: its gradient
             # is zero, not missing, so that replicas and optimisers treat all parameters alike.
             nats = nats + linear_cross_entropy(project(hidden[rows]), score.weight, None, targets[rows] - low)
+        head_targets = torch.where(part > 0, self.cutoffs[0] + part - 1, targets)
         return nats + linear_cross_entropy(hidden, self.head.weight, self.head.bias, head_targets)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
