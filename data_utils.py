@@ -709,12 +709,15 @@ class TokenColumns:
         if bptt < 1 or start < 0:
             raise ValueError(f"bptt must be at least 1 and start at least 0, got {bptt} and {start}")
         for first in range(start, self.length, bptt):
-            stop = min(first + bptt, self.length)
-            places = self.starts[:, None] + torch.arange(first, stop, device=self.ids.device)  # (B, t)
-            if stop > self.shortest and self.num_longer:
-                places.clamp_(max=self.num_pairs - 1)  # the last column's place beyond its end
-            tokens, targets = self.ids[places].long(), self.ids[places + 1].long()
-            if stop > self.shortest and self.num_longer:
-                tokens[self.num_longer :, -1] = 0
-                targets[self.num_longer :, -1] = IGNORED
-            yield tokens, targets
+            yield self.window(first, min(first + bptt, self.length))
+
+    def window(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and targets of the places from `first` up to `stop`, as `windows` yields them."""
+        places = self.starts[:, None] + torch.arange(first, stop, device=self.ids.device)  # (B, t)
+        if stop > self.shortest and self.num_longer:
+            places.clamp_(max=self.num_pairs - 1)  # the last column's place beyond its end
+        tokens, targets = self.ids[places].long(), self.ids[places + 1].long()
+        if stop > self.shortest and self.num_longer:
+            tokens[self.num_longer :, -1] = 0
+            targets[self.num_longer :, -1] = IGNORED
+        return tokens, targets

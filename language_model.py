@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from output_layers import AdaptiveSoftmax, FullSoftmax
-from regularisation import drop_words, dropout
+from regularisation import activation_penalty, drop_words, dropout
 
 
 class LanguageModel(nn.Module):
@@ -91,6 +91,11 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors before the output layer, time first, (T, B, E), and the state after; tokens (B, T)."""
+        _, hidden, state = self._run(tokens, state)
+        return hidden, state
+
+    def _run(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The recurrent part's outputs (T, B, F), what becomes of them as in `hidden`, the state after."""
         words = tokens.t()
         embedded = drop_words(
             self.embedding(words), words, self.vocab_size, self.dropout_words, self.training
@@ -98,22 +103,30 @@ class LanguageModel(nn.Module):
         embedded = dropout(embedded, self.dropout_input, self.training, self.locked_dropout)
         features, state = self.recur(embedded, state)
         hidden = self.projection(features)
-        return dropout(hidden, self.dropout_output, self.training, self.locked_dropout), state
+        return features, dropout(hidden, self.dropout_output, self.training, self.locked_dropout), state
 
-    def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, state: Tensor, penalties: tuple[float, float] | None = None
+    ) -> tuple[Tensor, ...]:
         """Score a window.
 
         Args:
             tokens: word ids, (B, T).
             targets: the next word of each token, (B, T); ids below 0 are not scored.
             state: the state before the window, (B, ...); nothing is detached.
+            penalties: the factors of AR and TAR (see regularisation.py), for training.
 
         Returns:
             nats: sum of -log p(target) over the scored targets, (1,), so that replicas' sums can be gathered.
             state: the state after the window, (B, ...).
+            penalty: only if `penalties` is given, their sum over the window, (1,), to be added to the nats
+                that are minimised and never to those that are reported.
         """
-        hidden, state = self.hidden(tokens, state)
-        return self.output_layer(hidden.flatten(0, 1), targets.t().flatten()).reshape(1), state
+        features, hidden, state = self._run(tokens, state)
+        nats = self.output_layer(hidden.flatten(0, 1), targets.t().flatten()).reshape(1)
+        if penalties is None:
+            return nats, state
+        return nats, state, activation_penalty(hidden, features, *penalties).reshape(1)
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Mean nats per scored target, a scalar, and the state after the window; shapes as in forward."""

@@ -76,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         type=runs.non_negative_int,
         default=0,
         metavar="STEPS",
-        help="cosine only: steps in which the learning rate first grows from 0",
+        help="steps in which the learning rate first grows from 0",
     )
     training.add_argument(
         "--clip",
@@ -84,6 +84,52 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         default=0.1,
         metavar="NORM",
         help="largest L2 norm of the gradient; 0 = no clipping",
+    )
+    training.add_argument(
+        "--weight-decay",
+        type=runs.non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="decoupled weight decay of the matrices (AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101): "
+        "each step takes learning rate x this of them",
+    )
+    training.add_argument(
+        "--ar",
+        type=runs.non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="activation regularisation: this times the mean square of the dropped output is added to the "
+        "loss that is minimised, not to the one reported (Merity et al. 2017, arXiv:1708.01009)",
+    )
+    training.add_argument(
+        "--tar",
+        type=runs.non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="temporal activation regularisation (the same paper): likewise, of the differences between "
+        "successive outputs of the recurrent part",
+    )
+    training.add_argument(
+        "--average",
+        choices=("none", "ema", "nt-asgd"),
+        default="none",
+        help="also average the weights, and evaluate and save the average where it is better. ema: "
+        "exponential moving average; nt-asgd: plain mean from when validation stalls (Merity et al. 2018, "
+        "arXiv:1708.02182; here of Adam's steps, not of SGD's)",
+    )
+    training.add_argument(
+        "--average-decay",
+        type=runs.fraction,
+        default=0.999,
+        metavar="X",
+        help="ema: what is left of the average after a step",
+    )
+    training.add_argument(
+        "--average-trigger",
+        type=runs.positive_int,
+        default=5,
+        metavar="EPOCHS",
+        help="nt-asgd: starts when the validation loss is above the best one of more than so many epochs ago",
     )
     training.add_argument(
         "--epochs",
@@ -106,6 +152,18 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         default=100,
         metavar="TOKENS",
         help="tokens per column in one step, through which gradients flow back",
+    )
+    training.add_argument(
+        "--random-bptt",
+        type=runs.non_negative_float,
+        nargs="?",
+        const=5.0,
+        default=None,
+        metavar="DEVIATION",
+        help="windows of random length: normally distributed around --bptt, one in twenty around half of it, "
+        "with this standard deviation (5 if not given); the learning rate of a step is scaled by its length "
+        "(Merity et al. 2018). Only windows of exactly --bptt tokens run as a CUDA graph: few, unless the "
+        "deviation is 0",
     )
     training.add_argument(
         "--eval-batch-size",
@@ -208,15 +266,6 @@ def dropouts(args: argparse.Namespace) -> dict[str, Any]:
         "dropout_words": args.dropout_words,
         "dropout_weights": args.dropout_weights,
     }
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """UserError for a flag that would mean nothing."""
-    if args.warmup and args.schedule != "cosine":
-        raise UserError(
-            f"--warmup {args.warmup} was given without --schedule cosine, where it means nothing. "
-            "Add --schedule cosine or leave --warmup away."
-        )
 
 
 def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | None:

@@ -9,6 +9,7 @@ Losses are in nats per token (natural logarithm), weighed by tokens; perplexity 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -30,7 +31,8 @@ from cuda_graphs import CapturedStep
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
 from distributed import ALONE, FlatGradients, Processes
 from language_model import LanguageModel
-from lm_flags import LR_FACTOR, PATIENCE, Recipes, apply_recipe, check_flags, choose_softmax
+from lm_flags import LR_FACTOR, PATIENCE, Recipes, apply_recipe, choose_softmax
+from regularisation import WeightAverage, parameter_groups, window_stops
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 from runs import UserError, say
@@ -265,12 +267,23 @@ class Trainer:
         rows = columns // args.accumulate
         self.pieces = [slice(start, start + rows) for start in range(0, columns, rows)]
         self.replicas = runs.wrap_data_parallel(model, device, rows) if processes.alone else model
-        # On a GPU the learning rate is a tensor: a captured step reads it anew at each replay.
+        # On a GPU each group's learning rate is a tensor: a captured step reads it anew at each replay.
         on_gpu = device.type == "cuda"
-        self.lr_tensor = torch.tensor(args.lr, device=device) if on_gpu else None
-        self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=self.lr_tensor if on_gpu else args.lr, fused=True, capturable=on_gpu
+        adam = torch.optim.AdamW if args.weight_decay else torch.optim.Adam
+        groups = parameter_groups(model, args.weight_decay) if args.weight_decay else model.parameters()
+        self.optimizer = adam(groups, lr=args.lr, fused=True, capturable=on_gpu)
+        count = len(self.optimizer.param_groups) if on_gpu else 0
+        self.lr_tensors = [torch.tensor(args.lr, device=device) for _ in range(count)]
+        self.lr = self.plateau_lr = args.lr
+        factors = (args.ar, args.tar)
+        self.penalties = {"penalties": factors} if any(factors) else {}
+        decay = args.average_decay if args.average == "ema" else None
+        self.average = (
+            None if args.average == "none" else WeightAverage(model, decay, args.average_trigger)
         )
+        self.total_steps = args.epochs * -(-self.columns.length // args.bptt)
+        if args.random_bptt is not None and args.schedule == "cosine":
+            self.total_steps = sum(len(self.window_stops(1 + epoch)) for epoch in range(args.epochs))
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=LR_FACTOR, patience=PATIENCE, threshold=0.0
         )
@@ -346,10 +359,11 @@ class Trainer:
         self.model.train()
         if self.at.place == 0:
             self.state.copy_(self.model.initial_state(len(self.state)))
-        windows, done = (-(-places // self.args.bptt) for places in (self.columns.length, self.at.place))
-        with runs.Progress(windows, f"epoch {self.at.epoch}", done) as progress:
-            for tokens, targets in self.columns.windows(self.args.bptt, self.at.place):
-                self.step(tokens, targets)
+        stops = self.window_stops(self.at.epoch)
+        done = bisect.bisect_right(stops, self.at.place)
+        with runs.Progress(len(stops), f"epoch {self.at.epoch}", done) as progress:
+            for end in stops[done:]:
+                self.step(*self.columns.window(self.at.place, end))
                 progress.advance()
                 if self.at.step % self.args.log_interval == 0:
                     self.report(progress)
@@ -363,9 +377,7 @@ class Trainer:
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
         """One optimiser step on a window, (B, T) tokens and targets."""
-        if self.args.schedule == "cosine":
-            steps = self.args.epochs * -(-self.columns.length // self.args.bptt)
-            self.lr = runs.scheduled_lr(self.args.lr, self.at.step + 1, steps, self.args.warmup, cosine=True)
+        self.schedule_lr(tokens.shape[1])
         stop = self.at.place + tokens.shape[1]
         count = self.targets_before(stop) - self.targets_before(self.at.place)
         tokens, targets = tokens[self.mine], targets[self.mine]
@@ -377,6 +389,8 @@ class Trainer:
         else:
             add_gradients = functools.partial(self.add_gradients, count=count)
             self.train_pieces(tokens, targets, add_gradients, self.update)
+        if self.average is not None:
+            self.average.update(self.model)
         self.at.place = stop
         self.at.step += 1
         self.at.interval_steps += 1
@@ -414,10 +428,11 @@ class Trainer:
         """Scores columns, adds their part of the batch's gradient; summed nats, (), and the state after."""
         started = self.timer.now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            nats, state = self.replicas(tokens, targets, state)
+            nats, state, *penalty = self.replicas(tokens, targets, state, **self.penalties)
         self.timer.span(started)
         total = nats.sum()  # one number per replica
-        (total / count).backward()
+        objective = total + penalty[0].sum() if penalty else total
+        (objective / count).backward()
         return total.detach(), state.detach()
 
     def update(self) -> torch.Tensor:
@@ -425,6 +440,11 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
         self.optimizer.step()
         return norm
+
+    def window_stops(self, epoch: int) -> list[int]:
+        """Where the windows of an epoch end."""
+        args = self.args
+        return window_stops(self.columns.length, args.bptt, args.random_bptt, args.seed, epoch)
 
     def targets_before(self, place: int) -> int:
         """How many targets lie before a place of the columns, counted without a look at the tensors."""
@@ -462,18 +482,32 @@ class Trainer:
         if perplexity(loss) == math.inf:
             raise UserError(self.diverged(f"validation loss is {loss:.4g} nats"))
         train_loss = self.at.epoch_nats / self.at.epoch_tokens
-        better = loss < self.at.best_valid
+        best, model, averaged, text = loss, self.model, {}, ""
+        if self.average is not None and self.average.steps:
+            average_loss = self.evaluate("valid", self.interrupts, self.average.model)
+            averaged = {"average_loss": average_loss, "average_ppl": perplexity(average_loss)}
+            text = f", averaged {averaged['average_ppl']:.2f}"
+            if average_loss < loss:
+                best, model = average_loss, self.average.model
+        better = best < self.at.best_valid
         self.update_clock()
         self.write(
-            "valid", loss=loss, ppl=perplexity(loss), train_loss=train_loss, train_ppl=perplexity(train_loss)
+            "valid",
+            loss=loss,
+            ppl=perplexity(loss),
+            **averaged,
+            train_loss=train_loss,
+            train_ppl=perplexity(train_loss),
         )
         say(
             f"epoch {self.at.epoch}: train ppl {perplexity(train_loss):.2f} | valid loss {loss:.4f}, ppl "
-            f"{perplexity(loss):.2f}{' (best)' if better else ''} | {self.at.seconds:.0f} s"
+            f"{perplexity(loss):.2f}{text}{' (best)' if better else ''} | {self.at.seconds:.0f} s"
         )
         self.step_schedule(loss)
+        if self.average is not None:
+            self.average.watch(loss)
         if better:
-            self.save_best(loss)
+            self.save_best(best, model)
         self.at.epoch += 1
         self.at.place = self.at.epoch_tokens = 0
         self.at.epoch_nats = 0.0
@@ -507,23 +541,38 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The present learning rate."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        return float(f"{float(lr):.6g}") if isinstance(lr, torch.Tensor) else lr  # float32's digits end there
+        """The schedule's learning rate at the last step; random windows scale it for their step alone."""
+        return self._lr
 
     @lr.setter
     def lr(self, value: float) -> None:
-        """Where the learning rate is a tensor, as on a GPU, it stays the same tensor."""
-        group = self.optimizer.param_groups[0]
-        if self.lr_tensor is not None:
-            value = self.lr_tensor.fill_(value)
-        group["lr"] = value
+        self._lr = value
+        self.fill_lr(value)
+
+    def fill_lr(self, value: float) -> None:
+        """Gives the optimiser a learning rate; where it has tensors, as on a GPU, they stay the same ones."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = self.lr_tensors[index].fill_(value) if self.lr_tensors else value
+
+    def schedule_lr(self, length: int) -> None:
+        """The learning rate of the next step, on a window of `length` tokens per column."""
+        args, step = self.args, self.at.step + 1
+        if args.schedule == "cosine" or step <= args.warmup + 1:
+            highest = args.lr if args.schedule == "cosine" else self.plateau_lr
+            self.lr = runs.scheduled_lr(
+                highest, step, self.total_steps, args.warmup, cosine=args.schedule == "cosine"
+            )
+        if args.random_bptt is not None:
+            self.fill_lr(self.lr * length / args.bptt)
 
     def step_schedule(self, valid_loss: float) -> None:
         """Tells the plateau schedule of a finished epoch."""
         if self.args.schedule == "plateau":
+            self.fill_lr(self.plateau_lr)
             self.scheduler.step(valid_loss)
-            self.lr = float(self.optimizer.param_groups[0]["lr"])
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            # A tensor's is float32, whose digits end here.
+            self.lr = self.plateau_lr = float(f"{lr:.6g}") if self.lr_tensors else lr
 
     def update_clock(self) -> None:
         """Adds the time since the last call to the run's seconds."""
@@ -584,6 +633,8 @@ class Trainer:
                 **describe_model(self.kind, self.model, self.corpus.vocabulary),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
+                "lr": [self.lr, self.plateau_lr],
+                "average": None if self.average is None else self.average.state_dict(),
                 "position": asdict(self.at),
                 "sums": torch.tensor([nats, norms], dtype=torch.float64),
                 "state": torch.cat(states),
@@ -594,10 +645,13 @@ class Trainer:
             },
         )
 
-    def save_best(self, loss: float) -> None:
-        """Writes best.pt and takes its loss as the one to beat: both or neither, so that they agree."""
+    def save_best(self, loss: float, model: LanguageModel | None = None) -> None:
+        """Writes best.pt and takes its loss as the one to beat: both or neither, so that they agree.
+
+        Its weights are those of the model in training or of another, the average.
+        """
         contents = {
-            **describe_model(self.kind, self.model, self.corpus.vocabulary),
+            **describe_model(self.kind, model or self.model, self.corpus.vocabulary),
             "args": vars(self.args),
             "scores": {"epoch": self.at.epoch, "step": self.at.step, "valid_loss": loss},
         }
@@ -619,8 +673,13 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.lr = float(self.optimizer.param_groups[0]["lr"])
-            self.optimizer.param_groups[0]["capturable"] = self.lr_tensor is not None
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            self._lr, self.plateau_lr = map(float, checkpoint.get("lr", (lr, lr)))
+            self.fill_lr(lr)
+            for group in self.optimizer.param_groups:
+                group["capturable"] = bool(self.lr_tensors)
+            if self.average is not None:
+                self.average.load_state_dict(checkpoint["average"])
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             self.at = Position(**checkpoint["position"])
             # The main process goes on with the losses of all; the norms are the same for all.
@@ -676,7 +735,6 @@ def run(
     apply_recipe(parser, argv, recipes)
     argv = distributed.arguments_after_restart(parser, argv)
     args = runs.parse_arguments(parser, argv, script, may_change=("epochs", "data", "evaluate"))
-    check_flags(args)
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")

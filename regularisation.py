@@ -4,6 +4,13 @@ The parts, each with its source, are those of the AWD-LSTM (Merity, Keskar & Soc
     locked dropout      one mask for all time steps of a window: Gal & Ghahramani 2016, arXiv:1512.05287
     word dropout        whole rows of the embedding, one mask per window: the same paper
     weight drop         entries of the recurrent matrices, one mask per window: Merity, after Wan et al. 2013
+    AR and TAR          penalties on large and on quickly changing activations: Merity, McCann & Socher 2017,
+                        arXiv:1708.01009
+    random windows      windows of random length: Merity et al. 2018, section 4.1
+    NT-ASGD             averaging that starts when validation stalls: the same, section 3
+Beside them:
+    weight decay        decoupled from the gradient: Loshchilov & Hutter 2019, arXiv:1711.05101
+    EMA                 exponential moving average of the weights, after Polyak & Juditsky 1992
 
 A mask is drawn anew for every window, in training alone. It holds 0 where it drops and 1 / (1 - p) where it
 keeps, so that the expectation of what it is multiplied with does not change and evaluation needs no factor.
@@ -12,10 +19,14 @@ Several replicas of a model each draw masks of their own.
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def dropout_mask(like: Tensor, shape: Sequence[int], p: float) -> Tensor:
@@ -52,3 +63,106 @@ def drop_words(embedded: Tensor, words: Tensor, vocab_size: int, p: float, train
 def drop_weights(weights: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
     """Weight drop: the matrices by name, each times a fresh mask. Gradients reach the given ones."""
     return {name: weight * dropout_mask(weight, weight.shape, p) for name, weight in weights.items()}
+
+
+def activation_penalty(dropped: Tensor, raw: Tensor, ar: float, tar: float) -> Tensor:
+    """AR + TAR of a window, a scalar that goes beside its summed nats.
+
+    Args:
+        dropped: vectors before the softmax, after dropout, (T, B, E): AR punishes their squares.
+        raw: outputs of the recurrent part, before projection and dropout, (T, B, F): TAR punishes the squares
+            of their differences from step to step.
+        ar, tar: the factors alpha and beta of the paper.
+
+    Returns:
+        T * B * (ar * mean square + tar * mean square difference): divided by the number of tokens, as the
+        nats are, it is the paper's penalty, and replicas' penalties add up.
+    """
+    wide = torch.promote_types(dropped.dtype, torch.float32)
+    penalty = ar * dropped.square().mean(dtype=wide)
+    if tar and len(raw) > 1:
+        penalty = penalty + tar * (raw[1:] - raw[:-1]).square().mean(dtype=wide)
+    return penalty * dropped.shape[:2].numel()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """An optimiser's groups: matrices decay, vectors (biases, gains of norms) do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+SHORTEST_WINDOW = 5
+SHARE_OF_HALVES = 0.05
+
+
+def window_stops(length: int, bptt: int, deviation: float | None, seed: int, epoch: int) -> list[int]:
+    """Where the windows of an epoch end, the last at `length`.
+
+    Args:
+        length: places of the columns.
+        bptt: length of the windows, the last as long as what is left.
+        deviation: None, or for windows of random length their standard deviation in tokens. They are normally
+            distributed around bptt (95 % of them) or half of it (the others), and cut to 5 to 2 * bptt.
+        seed, epoch: the lengths depend on these alone, so that a resumed run finds them again.
+    """
+    if deviation is None:
+        return [*range(bptt, length, bptt), length]
+    draw = random.Random(f"windows of epoch {epoch}, seed {seed}")
+    stops = [0]
+    while stops[-1] < length:
+        mean = bptt / 2 if draw.random() < SHARE_OF_HALVES else bptt
+        size = max(int(draw.gauss(mean, deviation)), min(SHORTEST_WINDOW, bptt))
+        stops.append(min(stops[-1] + min(size, 2 * bptt), length))
+    return stops[1:]
+
+
+class WeightAverage:
+    """A copy of a model whose weights are the average of the model's after each step.
+
+    Args:
+        model: the model in training; the copy is in eval mode.
+        decay: of the exponential moving average. It starts as a plain mean, and becomes the moving average
+            after 1 / (1 - decay) steps: nothing of the first weights is left over. None: a plain mean (ASGD)
+            that starts when `watch` says so.
+        patience: how many epochs validation must have been no better for, before the plain mean starts.
+    """
+
+    def __init__(self, model: nn.Module, decay: float | None, patience: int = 5):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay, self.patience = decay, patience
+        self.started = decay is not None
+        self.steps = 0  # averaged over
+        self.losses: list[float] = []  # of validation
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes in the weights after a step."""
+        if not self.started:
+            return
+        self.steps += 1
+        share = 1 / self.steps if self.decay is None else max(1 - self.decay, 1 / self.steps)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), share)
+
+    def watch(self, loss: float) -> None:
+        """Starts the plain mean when a validation loss is above the best of all but the last `patience`."""
+        if len(self.losses) > self.patience and loss > min(self.losses[: -self.patience]):
+            self.started = True
+        self.losses.append(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "started": self.started,
+            "steps": self.steps,
+            "losses": self.losses,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.started, self.steps = bool(state["started"]), int(state["steps"])
+        self.losses = list(state["losses"])

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.func import functional_call
 
-from language_model import LanguageModel, check_size
-from regularisation import drop_weights
+from language_model import LanguageModel, check_probability, check_size
+from regularisation import drop_weights, dropout_mask
 from relational_rnn_general import RelationalMemory
 
 
@@ -19,6 +19,11 @@ class RelationalMemoryLM(LanguageModel):
     Weight drop acts on the matrices that the memory itself is multiplied with at every step: those of the
     memory's gates and of queries, keys and values (the input row goes through the latter too). They are what
     weight_hh is to an LSTM. The MLP's are left whole: it works on what attention and a norm have made.
+
+    Args:
+        dropout_candidate: probability of dropping a feature of what is written into the memory, the same at all
+            steps of a window (recurrent dropout without loss of memory, Semeniuta et al. 2016,
+            arXiv:1603.05118): what the memory holds already stays.
 
     Raises:
         ValueError: an argument outside its range; the message names it.
@@ -44,7 +49,9 @@ class RelationalMemoryLM(LanguageModel):
         locked_dropout: bool = False,
         dropout_words: float = 0.0,
         dropout_weights: float = 0.0,
+        dropout_candidate: float = 0.0,
     ):
+        check_probability("dropout_candidate", dropout_candidate)
         check_size("embedding_size", embedding_size)    # here, as the core would call it input_size
         core = RelationalMemory(
             mem_slots,
@@ -64,6 +71,7 @@ class RelationalMemoryLM(LanguageModel):
             locked_dropout=locked_dropout, dropout_words=dropout_words, dropout_weights=dropout_weights,
         )
         self.core = core
+        self.dropout_candidate = dropout_candidate
         self.config = {
             "vocab_size": vocab_size,
             "embedding_size": embedding_size,
@@ -83,6 +91,7 @@ class RelationalMemoryLM(LanguageModel):
             "locked_dropout": locked_dropout,
             "dropout_words": dropout_words,
             "dropout_weights": dropout_weights,
+            "dropout_candidate": dropout_candidate,
         }
 
     def initial_state(self, batch_size: int) -> Tensor:
@@ -91,10 +100,14 @@ class RelationalMemoryLM(LanguageModel):
 
     def recur(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run the core; embedded (T, B, E) to features (T, B, mem_slots * mem_size)."""
-        dropped = {}
+        dropped, mask = {}, None
         if self.training and self.dropout_weights:
             dropped = drop_weights(self.recurrent_weights(), self.dropout_weights)
-        outputs, memory = functional_call(self.core, dropped, (embedded.transpose(0, 1), state))
+        if self.training and self.dropout_candidate:
+            mask = dropout_mask(state, state.shape, self.dropout_candidate)
+        outputs, memory = functional_call(
+            self.core, dropped, (embedded.transpose(0, 1), state), {"candidate_mask": mask}
+        )
         return outputs.transpose(0, 1), memory
 
     def recurrent_weights(self) -> dict[str, Tensor]:

@@ -438,7 +438,8 @@ def test_learning_rate_stays_one_tensor_where_it_is_one(tmp_path):
 
     def with_tensor(*flags):
         trainer = make_trainer(tmp_path, "rnn", "--lr", "0.004", *flags)
-        trainer.lr_tensor = trainer.optimizer.param_groups[0]["lr"] = torch.tensor(0.004)
+        trainer.lr_tensors = [torch.tensor(0.004)]
+        trainer.lr = 0.004
         return trainer
 
     trainer = with_tensor()
@@ -447,12 +448,12 @@ def test_learning_rate_stays_one_tensor_where_it_is_one(tmp_path):
     for loss in [5.0] + [6.0] * (lm_flags.PATIENCE + 1):
         assert trainer.lr == 0.004
         trainer.step_schedule(loss)
-    assert trainer.lr == 0.002 and group["lr"] is trainer.lr_tensor
+    assert trainer.lr == 0.002 and group["lr"] is trainer.lr_tensors[0]
     trainer.folder = tmp_path
     assert trainer.save_last()
     again = with_tensor()
     again.restore(runs.load_checkpoint(tmp_path / "last.pt"))
-    assert again.lr == 0.002 and again.optimizer.param_groups[0]["lr"] is again.lr_tensor
+    assert again.lr == 0.002 and again.optimizer.param_groups[0]["lr"] is again.lr_tensors[0]
     assert again.optimizer.param_groups[0]["capturable"]
 
 
@@ -470,9 +471,3 @@ def test_forward_time_is_given_only_if_every_step_was_timed():
     assert timer.mean_ms(2) is None and timer.mean_ms(0) is None
     timer.span(timer.now())
     assert timer.mean_ms(1) >= 0
-
-
-def test_warmup_without_the_schedule_that_has_one_is_refused():
-    args = train_rnn.build_parser().parse_args(["--warmup", "3"])
-    with pytest.raises(UserError, match="--warmup 3 was given without --schedule cosine"):
-        lm_flags.check_flags(args)

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from test_lm_training import make_trainer
+from test_scripts import assert_same_checkpoint, interrupt_at, numbers, run
 from torch import nn
 
 import regularisation
+import runs
+import train_rmc
+import train_rnn
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 
@@ -169,6 +174,22 @@ def test_weight_drop_equals_a_model_with_the_dropped_weights_set_by_hand(name, m
     assert results[0] != results[1]
 
 
+def test_recurrent_dropout_leaves_features_of_the_candidate_out_for_a_whole_window(masks):
+    """Where the candidate is dropped, the memory only fades by its forget gate: its sign stays."""
+    model = build("rmc", dropout_candidate=0.5)
+    tokens, targets = window()
+    state = 0.5 * torch.randn_like(model.initial_state(B))
+    _, after = model(tokens, targets, state)
+    dropped = masks[0] == 0
+    assert masks[0].shape == state.shape and dropped.any() and not dropped.all()
+    assert torch.equal(after[dropped].sign(), state[dropped].sign())
+    assert (after[dropped].abs() < state[dropped].abs()).all()
+    assert not torch.equal(after[~dropped].sign(), state[~dropped].sign())
+    model(tokens, targets, state)
+    assert not torch.equal(masks[0], masks[1])
+    assert torch.equal(*(model.eval()(tokens, targets, state)[0] for _ in range(2))) and len(masks) == 2
+
+
 def test_weight_drop_names_the_matrices_that_the_state_is_multiplied_with():
     names = {name: set(build(name).recurrent_weights()) for name in MODELS}
     assert names["rmc-2-blocks"] == {"blocks.0.qkv_projection.weight", "blocks.1.qkv_projection.weight",
@@ -179,7 +200,7 @@ def test_weight_drop_names_the_matrices_that_the_state_is_multiplied_with():
 
 @pytest.mark.parametrize("name", ["rmc", "rmc-2-blocks", "rmc-no-gates"])
 def test_plain_and_fast_path_agree_with_everything_on(name):
-    fast, plain = build(name, **ALL), build(name, **ALL)
+    fast, plain = (build(name, **ALL, dropout_candidate=0.5) for _ in range(2))
     plain.core.fast = False
     compare(fast, plain)
 
@@ -220,3 +241,215 @@ def test_a_tied_softmax_sees_the_words_that_are_dropped_from_the_input(masks):
     nats, _ = model(tokens, targets, model.initial_state(B))
     assert gradients(model, nats.sum())["embedding.weight"].any(dim=1).all()
     assert torch.equal(model.output_layer.weight, model.embedding.weight)
+
+
+# ---- activation regularisation
+
+
+def test_the_penalty_is_that_of_a_loop():
+    torch.manual_seed(1)
+    dropped, raw = torch.randn(T, B, E).double(), torch.randn(T, B, 7).double()
+    squares = sum(x**2 for x in dropped.flatten().tolist()) / (T * B * E)
+    cells = [(b, f) for b in range(B) for f in range(7)]
+    changes = [(raw[t + 1, b, f] - raw[t, b, f]).item() ** 2 for t in range(T - 1) for b, f in cells]
+    expected = 2 * squares + 3 * sum(changes) / len(changes)
+    found = regularisation.activation_penalty(dropped, raw, 2.0, 3.0) / (T * B)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    one_step = regularisation.activation_penalty(dropped[:1], raw[:1], 0.0, 3.0)
+    assert one_step == 0  # nothing follows it
+
+
+@NAMES
+def test_the_penalty_stands_beside_the_nats_and_adds_up_over_shards(name):
+    model = build(name)
+    tokens, targets = window()
+    state = 0.5 * torch.randn_like(model.initial_state(B))
+    nats, after = model(tokens, targets, state)
+    same_nats, same_after, penalty = model(tokens, targets, state, penalties=(2.0, 1.0))
+    assert torch.equal(nats, same_nats) and torch.equal(after, same_after) and penalty.shape == (1,)
+    shards = [model(*(part[rows] for part in (tokens, targets, state)), penalties=(2.0, 1.0))[2]
+              for rows in (slice(0, 2), slice(2, 3))]
+    torch.testing.assert_close(sum(shards), penalty, **EXACT)
+    features, hidden, _ = model._run(tokens, state)
+    torch.testing.assert_close(
+        penalty[0], regularisation.activation_penalty(hidden, features, 2.0, 1.0), **EXACT
+    )
+
+
+# ---- random windows
+
+
+def test_windows_cover_the_epoch_and_are_as_long_as_they_should_be():
+    stops = regularisation.window_stops(400_000, 100, 5.0, seed=3, epoch=1)
+    lengths = torch.tensor([b - a for a, b in zip([0, *stops], stops, strict=False)]).double()
+    assert stops[-1] == 400_000 == lengths.sum()
+    long = lengths[lengths > 75]
+    assert (len(lengths) - len(long)) / len(lengths) == pytest.approx(0.05, abs=0.011)
+    # int() cuts half a token off; the deviation of the mean of 4,000 lengths is 0.08.
+    assert long.mean().item() == pytest.approx(99.5, abs=0.3)
+    assert long.std().item() == pytest.approx(5, abs=0.3)
+    assert lengths[lengths <= 75][:-1].mean().item() == pytest.approx(49.5, abs=1.5)
+
+
+def test_windows_depend_on_seed_and_epoch_alone_and_stay_in_bounds():
+    def stops(seed, epoch, length=1000, deviation=30.0):
+        return regularisation.window_stops(length, 20, deviation, seed, epoch)
+
+    assert stops(1, 1) == stops(1, 1) != stops(1, 2) and stops(1, 1) != stops(2, 1)
+    lengths = [b - a for a, b in zip([0, *stops(1, 1)], stops(1, 1), strict=False)]
+    assert min(lengths[:-1]) == 5 and max(lengths) == 40
+    assert set(stops(1, 1, deviation=0.0)) >= {20, 40} and stops(1, 1, length=3) == [3]
+    assert regularisation.window_stops(45, 20, None, 1, 1) == [20, 40, 45]
+    assert regularisation.window_stops(40, 20, None, 1, 1) == [20, 40]
+    assert regularisation.window_stops(9, 3, 1.0, 1, 1)[-1] == 9  # a window below the shortest is possible
+
+
+# ---- averages
+
+
+@pytest.mark.parametrize("decay", [0.75, None])
+def test_the_average_equals_a_loop_over_the_weights(decay):
+    model = nn.Linear(3, 2).double()
+    average = regularisation.WeightAverage(model, decay)
+    average.started = True
+    torch.manual_seed(1)
+    expected = None
+    for step in range(1, 12):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight))
+        average.update(model)
+        weights = [weight.detach().numpy().copy() for weight in model.parameters()]
+        share = 1 / step if decay is None else max(0.25, 1 / step)
+        expected = weights if expected is None else [
+            old + share * (new - old) for old, new in zip(expected, weights, strict=True)
+        ]
+    for found, wanted in zip(average.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(found, torch.from_numpy(wanted), **EXACT)
+    assert not any(weight.requires_grad for weight in average.model.parameters())
+
+
+def test_a_tied_matrix_is_averaged_once_and_stays_tied():
+    model = build("rmc")
+    average = regularisation.WeightAverage(model, 0.5)
+    assert average.model.output_layer.weight is average.model.embedding.weight
+    assert average.model.embedding.weight is not model.embedding.weight and not average.model.training
+
+
+def test_the_plain_mean_starts_when_validation_stalls():
+    """Merity et al. 2018, algorithm 1: the loss is above the best of all but the last n."""
+    model = nn.Linear(3, 2)
+    average = regularisation.WeightAverage(model, None, patience=2)
+    for loss, started in [(5, False), (4, False), (4.5, False), (4.6, False), (4.2, True), (3, True)]:
+        average.update(model)
+        assert average.steps == 0 or average.started
+        average.watch(loss)
+        assert average.started == started, loss
+    average.update(model)
+    assert average.steps == 2  # after 4.2, and after 3
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = build("rmc")
+    decaying, others = regularisation.parameter_groups(model, 0.1)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    held = [*decaying["params"], *others["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    assert all(p.dim() == 2 for p in decaying["params"]) and all(p.dim() == 1 for p in others["params"])
+
+
+# ---- in training
+
+EVERYTHING = [
+    "--locked-dropout", "--dropout", "0.3", "--dropout-words", "0.2", "--dropout-weights", "0.3",
+    "--ar", "2", "--tar", "1", "--weight-decay", "0.1", "--random-bptt", "3", "--warmup", "9",
+]
+
+
+@pytest.mark.parametrize("script, more", [
+    (train_rmc, ["--average", "ema", "--average-decay", "0.9", "--schedule", "cosine"]),
+    (train_rnn, ["--average", "nt-asgd"]),
+], ids=["ema, cosine", "nt-asgd, plateau"])
+def test_resuming_with_everything_on_is_as_if_never_stopped(
+    script, more, corpus_folder, tmp_path, monkeypatch
+):
+    """Bit for bit: weights, average, windows, learning rates and logged numbers."""
+
+    def start_at_once(average, loss):
+        average.started = True
+        average.losses.append(loss)
+
+    monkeypatch.setattr(regularisation.WeightAverage, "watch", start_at_once)
+    flags = ["--epochs", "3", *EVERYTHING, *more]
+    _, whole = run(script, corpus_folder, tmp_path / "whole", *flags)
+    interrupt_at(monkeypatch, 17)  # in the second epoch, in warm-up no more
+    status, folder = run(script, corpus_folder, tmp_path / "parts", *flags)
+    assert status == 130
+    place = runs.load_checkpoint(folder / "last.pt")["position"]["place"]
+    assert 0 < place < 170 and place % 15
+    interrupt_at(monkeypatch, 30)
+    assert script.main(["--resume", str(folder)]) == 130
+    assert script.main(["--resume", str(folder)]) == 0
+    for name in ("last.pt", "best.pt"):
+        assert_same_checkpoint(whole / name, folder / name)
+    assert numbers(whole) == numbers(folder)
+    average = runs.load_checkpoint(folder / "last.pt")["average"]
+    assert average["started"] and average["steps"] > 0
+    assert "average_loss" in [e for e in runs.read_log(folder / "log.jsonl") if e["event"] == "valid"][-1]
+
+
+def test_best_pt_holds_the_average_where_that_is_better(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, "rnn", "--epochs", "1", "--average", "ema")
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *given: evaluate(*given) - 9 * (trainer.average.model in given)
+    )
+    trainer.train(tmp_path)
+    best = runs.load_checkpoint(tmp_path / "best.pt")
+    averaged = trainer.average.model.state_dict()
+    assert all(torch.equal(value, averaged[name]) for name, value in best["model"].items())
+    assert not torch.equal(best["model"]["embedding.weight"], trainer.model.embedding.weight)
+    valid = next(event for event in runs.read_log(tmp_path / "log.jsonl") if event["event"] == "valid")
+    assert best["scores"]["valid_loss"] == valid["average_loss"] == trainer.at.best_valid < valid["loss"]
+
+
+@pytest.mark.parametrize("kind", ["rmc", "rnn"])
+def test_the_penalty_is_minimised_and_not_reported(tmp_path, kind):
+    plain, punished = (make_trainer(tmp_path, kind, *flags) for flags in ([], ["--ar", "2", "--tar", "1"]))
+    tokens, targets = next(plain.columns.windows(11))
+    for trainer in (plain, punished):
+        trainer.state = trainer.model.initial_state(7)
+        trainer.step(tokens, targets)
+    assert plain.sums[0] == punished.sums[0] and plain.sums[1] != punished.sums[1]
+    again = make_trainer(tmp_path, kind)
+    features, hidden, _ = again.model._run(tokens, again.model.initial_state(7))
+    nats, _ = again.model.loss(tokens, targets, again.model.initial_state(7))
+    (nats + 2 * hidden.square().mean() + (features[1:] - features[:-1]).square().mean()).backward()
+    norm = torch.stack([p.grad.square().sum() for p in again.model.parameters()]).sum().sqrt()
+    assert punished.sums[1].item() == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_decay_shrinks_the_weights_by_the_learning_rate_and_the_optimiser_holds_all(tmp_path):
+    plain, decayed = (make_trainer(tmp_path, "rmc", "--weight-decay", x, "--lr", "0.01") for x in ("0", "3"))
+    before = {name: p.detach().clone() for name, p in decayed.model.named_parameters()}
+    held = [id(p) for group in decayed.optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, decayed.model.parameters()))
+    for trainer in (plain, decayed):
+        trainer.state = trainer.model.initial_state(7)
+        trainer.step(*next(trainer.columns.windows(11)))
+    for (name, p), q in zip(plain.model.named_parameters(), decayed.model.parameters(), strict=True):
+        shrunk = 0.01 * 3 * before[name] if p.dim() == 2 else 0
+        torch.testing.assert_close(q, p - shrunk, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_step_on_a_random_window_has_its_share_of_the_learning_rate(tmp_path):
+    trainer = make_trainer(tmp_path, "rnn", "--random-bptt", "2", "--lr", "0.01", "--warmup", "2")
+    for step, (first, stop) in enumerate([(0, 8), (8, 19), (19, 22)], start=1):
+        trainer.state = trainer.model.initial_state(7)
+        trainer.step(*trainer.columns.window(first, stop))
+        schedule = 0.01 * min(1, step / 2)
+        assert trainer.lr == pytest.approx(schedule)
+        used = trainer.optimizer.param_groups[0]["lr"]
+        assert used == pytest.approx(schedule * (stop - first) / 11)
+    trainer.step_schedule(1.0)
+    assert trainer.lr == trainer.optimizer.param_groups[0]["lr"] == 0.01
