@@ -21,8 +21,8 @@ class RelationalMemoryLM(LanguageModel):
     weight_hh is to an LSTM. The MLP's are left whole: it works on what attention and a norm have made.
 
     Args:
-        dropout_candidate: probability of dropping a feature of what is written into the memory, the same at all
-            steps of a window (recurrent dropout without loss of memory, Semeniuta et al. 2016,
+        dropout_candidate: probability of dropping a feature of what is written into the memory, the same at
+            all steps of a window (recurrent dropout without memory loss, Semeniuta et al. 2016,
             arXiv:1603.05118): what the memory holds already stays.
 
     Raises:

@@ -59,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=runs.fraction,
         default=0.0,
         metavar="P",
-        help="recurrent dropout of what is written into the memory, one mask per window (Semeniuta et al. 2016, "
-        "arXiv:1603.05118); the relational memory core's alone",
+        help="recurrent dropout of what is written into the memory, one mask per window (Semeniuta et al. "
+        "2016, arXiv:1603.05118); the relational memory core's alone",
     )
     lm_flags.add_flags(parser, RECIPES)
     return parser

@@ -7,6 +7,7 @@ from test_scripts import assert_same_checkpoint, interrupt_at, numbers, run
 from torch import nn
 
 import regularisation
+import relational_rnn_models
 import runs
 import train_rmc
 import train_rnn
@@ -57,7 +58,8 @@ def masks(monkeypatch):
         drawn.append(original(*arguments))
         return drawn[-1]
 
-    monkeypatch.setattr(regularisation, "dropout_mask", noted)
+    for module in (regularisation, relational_rnn_models):
+        monkeypatch.setattr(module, "dropout_mask", noted)
     return drawn
 
 
