@@ -179,6 +179,15 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         metavar="CHECKPOINT_OR_RUN",
         help="train nothing: score a checkpoint, or the best model of a run folder, on valid and test",
     )
+    training.add_argument(
+        "--state-lengths",
+        type=runs.positive_int,
+        nargs="+",
+        default=None,
+        metavar="WORDS",
+        help="with --evaluate: also perplexity with the state reset every so many words, and by the words "
+        "since a reset (figure 12 of arXiv:1806.01822); writes state_lengths.csv beside the checkpoint",
+    )
     distributed.add_flags(parser)
     runs.add_precision_flags(runs.add_run_flags(parser))
 

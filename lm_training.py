@@ -27,6 +27,7 @@ from torch import nn
 
 import distributed
 import runs
+import state_lengths
 from cuda_graphs import CapturedStep
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
 from distributed import ALONE, FlatGradients, Processes
@@ -734,7 +735,10 @@ def run(
     """
     apply_recipe(parser, argv, recipes)
     argv = distributed.arguments_after_restart(parser, argv)
-    args = runs.parse_arguments(parser, argv, script, may_change=("epochs", "data", "evaluate"))
+    may_change = ("epochs", "data", "evaluate", "state_lengths")
+    args = runs.parse_arguments(parser, argv, script, may_change)
+    if args.state_lengths and args.evaluate is None:
+        raise UserError("--state-lengths needs --evaluate RUN: it scores a trained model.")
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
@@ -879,9 +883,17 @@ def score(args: argparse.Namespace, given: dict[str, Any]) -> int:
             f"of {corpus.folder} ({len(corpus.vocabulary):,} words). Name its own corpus with --data."
         )
     print(f"{path} ({type(model).__name__}) on {corpus.folder}, {columns} columns", flush=True)
+    lengths = {}
     for split in ("valid", "test"):
         with split_named(split, "--eval-batch-size"):
             ids = getattr(corpus, split)
             loss = evaluate(model, ids, columns, args.bptt, device, None, split, processes)
         say(f"{split}: {loss_text(loss)}{best_possible(corpus.folder, split)}")
+        if args.state_lengths:
+            rows = state_lengths.state_lengths(model, getattr(corpus, split), args.state_lengths, device)
+            say(state_lengths.table(rows, loss, columns))
+            lengths[split] = (rows, loss)
+    if lengths:
+        state_lengths.write_csv(path.parent / "state_lengths.csv", lengths)
+        say(f"written: {path.parent / 'state_lengths.csv'}")
     return 0
