@@ -1013,7 +1013,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
     parser.add_argument(
         "--threads",
-        type=runs.non_negative_int,
+        type=runs.thread_count,
         default=0,
         metavar="N",
         help="CPU threads that torch may use; 0 = its own choice",

@@ -137,7 +137,7 @@ def find_folder(data: str) -> Path:
     if data and os.path.exists(data):
         raise UserError(f"{data} is a file. Expected a folder with train.txt, valid.txt and test.txt.")
     raise UserError(
-        f"no folder {data!r}, nor one of that name in {DATA_FOLDER}. Expected a folder with train.txt, "
+        f"no folder {data!r:.300}, nor one of that name in {DATA_FOLDER}. Expected a folder with train.txt, "
         "valid.txt and test.txt, or the bundled corpus 'tiny', or one that can be fetched: "
         f"{', '.join(map(repr, PUBLISHED))}."
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--cuda", action="store_true", help="compute on the GPU; without it on the CPU")
     source.add_argument(
         "--threads",
-        type=runs.non_negative_int,
+        type=runs.thread_count,
         default=0,
         metavar="N",
         help="CPU threads that torch may use; 0 = its own choice",
@@ -126,7 +127,17 @@ def choose(
 
     Returns:
         ids, (B,).
+
+    Raises:
+        ValueError: a value outside its range, or every word banned.
     """
+    if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(
+            "temperature and top_k must be 0 or more, top_p above 0 and at most 1, "
+            f"got {temperature}, {top_k} and {top_p}"
+        )
+    if len(set(banned)) >= log_probabilities.shape[1]:
+        raise ValueError(f"all {log_probabilities.shape[1]} words are banned")
     scores = log_probabilities.double()  # the division by a tiny temperature needs the range
     if banned:
         scores[:, list(banned)] = -torch.inf
@@ -167,7 +178,7 @@ def generate(
         the new ids, (B, words) or, when stopped, fewer.
     """
     device = next(model.parameters()).device
-    tokens = torch.tensor([list(start)] * samples, dtype=torch.int64, device=device)
+    tokens = torch.tensor(list(start), dtype=torch.int64, device=device).expand(samples, -1)
     state = model.initial_state(samples)
     written = []
     for done in range(1, words + 1):

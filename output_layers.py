@@ -65,12 +65,14 @@ class AdaptiveSoftmax(nn.Module):
     def __init__(self, embedding_size: int, vocab_size: int, cutoffs: list[int], div_value: float = 4.0):
         super().__init__()
         cutoffs = list(cutoffs)
-        increasing = all(low < high for low, high in zip([0, *cutoffs], [*cutoffs, vocab_size], strict=True))
+        whole = all(isinstance(cutoff, int) for cutoff in cutoffs)
+        bounds = [0, *cutoffs, vocab_size]
+        increasing = whole and all(low < high for low, high in zip(bounds, bounds[1:], strict=False))
         if not cutoffs or not increasing:
             suggestion = " ".join(map(str, choose_cutoffs(vocab_size)))
             raise ValueError(
-                f"cutoffs must be increasing, above 0 and below the vocabulary size {vocab_size:,}, "
-                f"got {cutoffs}. Try --cutoffs {suggestion}."
+                "cutoffs must be increasing whole numbers, above 0 and below the vocabulary size "
+                f"{vocab_size:,}, got {cutoffs}. Try --cutoffs {suggestion}."
             )
         self.cutoffs = cutoffs
         self.bounds = list(zip(cutoffs, [*cutoffs[1:], vocab_size], strict=True))

@@ -438,15 +438,20 @@ class RelationalMemory(nn.Module):
                 are transposed here.
 
         Raises:
-            ValueError: names missing or not of this core, or shapes that do not fit; the message lists them
-                all. Nothing has been copied then.
+            ValueError: no mapping, names missing or not of this core, shapes that do not fit, or values that
+                are no finite numbers; the message lists them all. Nothing has been copied then.
         """
+        if not isinstance(variables, Mapping):
+            raise ValueError(f"variables must map names to arrays, got a {type(variables).__name__}")
         given = {}
         for name, value in variables.items():
             short = name.removeprefix("var/").removeprefix("relational_memory/")
             if short in given:
                 raise ValueError(f"variable {short!r} is given twice, with and without a prefix")
-            given[short] = torch.as_tensor(value)
+            try:
+                given[short] = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):       # text, objects, lists of unequal length
+                raise ValueError(f"{short} must be an array of numbers, got {value!r:.60}") from None
         expected = self._sonnet_names()
         problems = []
         if missing := sorted(expected.keys() - given.keys()):
@@ -460,6 +465,8 @@ class RelationalMemory(nn.Module):
                 problems.append(f"{name} must have shape {shape}, got {tuple(value.shape)}")
             elif not value.is_floating_point():
                 problems.append(f"{name} must hold floating point numbers, got {value.dtype}")
+            elif not value.to(parameter.dtype).isfinite().all():
+                problems.append(f"{name} must hold finite numbers within the range of {parameter.dtype}")
         if problems:
             raise ValueError("these variables do not fit the core; " + "; ".join(problems))
         with torch.no_grad():

@@ -145,6 +145,8 @@ _HUGE = 2**31 - 1  # no count in these scripts is sensible above it, and torch's
 positive_int = _number(int, 1, _HUGE, "a whole number from 1 to 2147483647")
 layer_count = _number(int, 1, 1000, "a whole number from 1 to 1000")  # each is built in a Python loop
 non_negative_int = _number(int, 0, _HUGE, "a whole number from 0 to 2147483647")
+# A system without room for that many threads ends the process, with no chance to answer.
+thread_count = _number(int, 0, 1024, "a whole number from 0 to 1024")
 seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")  # numpy's range
 finite_float = _number(float, -1e30, 1e30, "a finite number")
 positive_float = _number(float, 0, 1e30, "a finite number above 0", low_open=True)
@@ -180,7 +182,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     group.add_argument(
         "--threads",
-        type=non_negative_int,
+        type=thread_count,
         default=0,
         metavar="N",
         help="CPU threads that torch may use; 0 = its own choice",

@@ -46,6 +46,7 @@ KIND = "nth_farthest"
 TEST_SEED, FINAL_TEST_SEED = 91_000_001, 91_000_002
 FINAL_TEST_FACTOR = 4
 
+LOWER_MEMORY = "--batch-size (or raise --accumulate), --test-examples or the sizes of the model"
 HOLD = 3  # evaluations in a row that must reach --target-accuracy
 
 
@@ -511,10 +512,12 @@ class Trainer:
         """
         sums = torch.cat([self.processes.add_up(self.sums[:2].clone()), self.sums[2:]])
         if not sums.isfinite().all():
+            last = self.folder / "last.pt"
+            kept = f"{last} is from before" if last.exists() else "No checkpoint had been written yet"
             raise UserError(
-                f"the loss or its gradient is no longer finite (noticed at step {self.at.step:,}). "
-                f"{self.folder} keeps the checkpoints from before. "
-                f"Start a new run with a lower --lr than {self.args.lr:g}."
+                f"the loss or its gradient is no longer finite (noticed at step {self.at.step:,}). {kept}. "
+                f"Start a new run with a lower --lr than {self.args.lr:g}, or with --input-scale and "
+                "--memory-scale nearer to 1."
             )
         return sums
 
@@ -782,4 +785,4 @@ def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
 
 
 if __name__ == "__main__":
-    distributed.run_script(main, "--batch-size, or raise --accumulate")
+    distributed.run_script(main, LOWER_MEMORY)

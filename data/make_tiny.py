@@ -329,9 +329,15 @@ def main(argv: list[str] | None = None) -> int:
             print("Run python data/make_tiny.py to write the files anew.", file=sys.stderr)
             return 1
     else:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        for name, content in made.items():
-            write_atomically(args.folder / name, content)
+        try:
+            args.folder.mkdir(parents=True, exist_ok=True)
+            for name, content in made.items():
+                write_atomically(args.folder / name, content)
+        except OSError as error:
+            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+            print(f"error: cannot write into {args.folder}: {reason}.", file=sys.stderr)
+            print("Give another --folder.", file=sys.stderr)
+            return 2
     for name, best in json.loads(made["entropy.json"]).items():
         size = f"{best['tokens']:,} tokens" if "tokens" in best else "of an endless text"
         print(
