@@ -159,6 +159,9 @@ def number_flags():
 
 
 FLAGS = [(script, action.option_strings[0]) for script, action in number_flags()]
+VALUE_OPTIONAL = {
+    (script, action.option_strings[0]) for script, action in number_flags() if action.nargs == "?"
+}
 NO_NUMBERS = ["x", "", " ", "nan", "inf", "-inf", "1e999", "1e31", "0x10", "1,5", "½"]
 
 
@@ -167,10 +170,12 @@ def test_the_table_knows_the_scripts():
     assert len(FLAGS) > 60
 
 
-@pytest.mark.parametrize("value", [*NO_NUMBERS, None], ids=lambda value: repr(value) if value else "nothing")
+@pytest.mark.parametrize("value", [*NO_NUMBERS, None], ids=repr)
 @pytest.mark.parametrize("script, flag", FLAGS)
 def test_what_is_no_number_is_refused_by_every_flag_that_wants_one(script, flag, value, capsys, monkeypatch):
     """Wrong type, NaN, infinite, beyond all use, and no value at all."""
+    if value is None and (script, flag) in VALUE_OPTIONAL:
+        return
     module = importlib.import_module(script)
     argv = [flag] if value is None else [f"{flag}={value}"]
     with pytest.raises(SystemExit) as end:
@@ -236,7 +241,6 @@ CONTRADICTIONS = [
     ("train_rnn", "--adaptivesoftmax --cutoffs 2147483647", ["vocabulary size 22", "Try --cutoffs"]),
     ("train_rnn", "--tied --adaptivesoftmax", ["--tied and --adaptivesoftmax exclude", "Leave one"]),
     ("train_rnn", "--tied", ["tied needs", "12", "14"]),
-    ("train_rnn", "--warmup 5", ["--warmup 5 .*without --schedule cosine", "leave --warmup away"]),
     ("train_rmc", "--evaluate RUN --resume RUN", ["--evaluate and --resume exclude"]),
     ("train_nth_farthest", "--evaluate RUN --resume RUN", ["--evaluate and --resume exclude"]),
     ("train_nth_farthest", "--total-units 16", ["--total-units and --headsize exclude"]),
@@ -568,12 +572,12 @@ def test_a_corpus_that_cannot_be_fetched(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "script, what, lower",
     [
-        ("train_rmc", "model.forward", "--batch_size or --bptt, or use --adaptivesoftmax"),
-        ("train_rnn", "model.forward", "--batch_size or --bptt, or use --adaptivesoftmax"),
-        ("train_nth_farthest", "--batch-size=2147483647", r"--batch-size \(or raise --accumulate\), --test-examples"),
-        ("train_nth_farthest", "--test-examples=2147483647", r"--batch-size \(or raise --accumulate\), --test-examples"),
+        ("train_rmc", "model.forward", "--batch_size or --bptt, .*--adaptivesoftmax"),
+        ("train_rnn", "model.forward", "--batch_size or --bptt, .*--adaptivesoftmax"),
+        ("train_nth_farthest", "--batch-size=2147483647", "--batch-size .*--test-examples"),
+        ("train_nth_farthest", "--test-examples=2147483647", "--batch-size .*--test-examples"),
         ("generate_rmc", "--samples=2147483647", "--samples"),
-        ("train_rmc", "loading", "--batch_size or --bptt, or use --adaptivesoftmax"),
+        ("train_rmc", "loading", "--batch_size or --bptt, .*--adaptivesoftmax"),
     ],
 )
 def test_memory_that_runs_out_is_answered_with_what_to_lower(
