@@ -168,7 +168,7 @@ def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
 
 
 def draw_language_models(plt: Any, found: Sequence[Run]) -> Any:
-    """Validation (solid) and training (dashed) perplexity, against epochs (left) and minutes (right)."""
+    """Perplexity: validation (solid; averaged weights: dotted), training (dashed), against epochs (left) and minutes (right)."""
     require_events(found, "valid")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for number, run in enumerate(found):
@@ -179,6 +179,11 @@ def draw_language_models(plt: Any, found: Sequence[Run]) -> Any:
                 marker=".",
                 label=f"{run.label}: valid",
             )
+            averaged = run.series("valid", x, "average_ppl", scale)
+            if averaged[0]:
+                axis.plot(
+                    *averaged, color=f"C{number}", linestyle=":", label=f"{run.label}: valid, averaged weights"
+                )
             axis.plot(
                 *run.series("valid", x, "train_ppl", scale),
                 color=f"C{number}",

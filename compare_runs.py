@@ -1,0 +1,159 @@
+"""Compare language-model runs: a table in Markdown from their folders, and their perplexity curves as PNG.
+
+Runs that differ in nothing but the seed (and in where they ran and how much they told) are one row, with the
+mean of their perplexities and, from two runs on, the standard deviation over seeds (of a sample, n - 1). The
+table goes to standard output.
+
+Example: python compare_runs.py results/tiny/rmc results/tiny/lstm --outf curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plot_runs
+import runs
+from runs import UserError
+
+# Arguments that change nothing in a run's numbers but the seed's.
+NOT_COMPARED = runs.RESUME_MAY_CHANGE | {"seed", "name", "evaluate", "state_lengths", "collective_timeout"}
+# Flags that the row's command leaves out, each with a value: the row stands for several seeds and folders.
+LEFT_OUT = ("--seed", "--name", "--runs-folder", "--resume")
+HEADER = ("run", "model", "parameters", "valid", "test", "epochs", "minutes", "seeds", "hardware", "command")
+
+
+@dataclass
+class Result:
+    """A run as a table has it: perplexities (None: not yet), epochs done and the best one, minutes."""
+
+    run: plot_runs.Run
+    record: dict[str, Any]
+    valid: float | None
+    test: float | None
+    epochs: int
+    best_epoch: int | None
+    minutes: float
+
+
+def read_result(folder: Path) -> Result:
+    """Reads a run folder.
+
+    Raises:
+        UserError: the folder is no run folder, or the run is not of a language model.
+    """
+    run = plot_runs.read_run(folder)
+    if run.script not in plot_runs.LANGUAGE_MODEL_SCRIPTS:
+        raise UserError(
+            f"{folder} is a run of {run.script}.py, which has no perplexity. Give runs of "
+            f"{' or '.join(f'{script}.py' for script in plot_runs.LANGUAGE_MODEL_SCRIPTS)}."
+        )
+    record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    epochs, valid, best_epoch = 0, None, None
+    for event in run.events:
+        if event.get("event") == "valid":
+            epochs = event["epoch"]
+            scores = [event[key] for key in ("ppl", "average_ppl") if event.get(key) is not None]
+            if scores and (valid is None or min(scores) < valid):
+                valid, best_epoch = min(scores), epochs
+    # An interrupted run tests its best model too, but that is not the result of its arguments.
+    tests = [event["ppl"] for event in run.events if event.get("event") == "test"]
+    seconds = max((event.get("seconds") or 0 for event in run.events), default=0)
+    return Result(run, record, valid, tests[-1] if tests else None, epochs, best_epoch, seconds / 60)
+
+
+def group(results: Sequence[Result]) -> list[list[Result]]:
+    """Runs with identical arguments but the seed, in the order in which the first of each was given."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        compared = {k: v for k, v in result.run.arguments.items() if k not in NOT_COMPARED}
+        groups.setdefault(json.dumps([result.run.script, compared], sort_keys=True), []).append(result)
+    return list(groups.values())
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> str:
+    """'12.34', '12.34 ± 0.56' of several, or '-' while one of them is missing."""
+    if not values or any(value is None or not math.isfinite(value) for value in values):
+        return "-"
+    text = f"{statistics.fmean(values):.2f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2f}"
+
+
+def row(results: Sequence[Result]) -> list[str]:
+    """One group as the cells of HEADER."""
+    first = results[0]
+    arguments, environment = first.run.arguments, first.record.get("environment", {})
+    model = "RMC" if first.run.script == "train_rmc" else str(arguments.get("model", "RNN"))
+    on_gpu = arguments.get("cuda") and environment.get("gpus")
+    hardware = environment["gpus"][0] if on_gpu else f"CPU, {environment.get('threads', '?')} thread(s)"
+    epochs = sorted({result.epochs for result in results})
+    best = sorted({result.best_epoch for result in results if result.best_epoch is not None})
+    parameters = first.record.get("parameters")
+    return [
+        ", ".join(result.run.label for result in results),
+        model,
+        f"{parameters:,}" if isinstance(parameters, int) else "-",
+        mean_and_deviation([result.valid for result in results]),
+        mean_and_deviation([result.test for result in results]),
+        f"{span(epochs)} (best {span(best)})" if best else span(epochs),
+        f"{statistics.fmean(result.minutes for result in results):.1f}",
+        " ".join(str(result.run.arguments.get("seed", "?")) for result in results),
+        f"{hardware}, torch {environment.get('torch', '?')}",
+        f"`{command(first)}`",
+    ]
+
+
+def span(numbers: Sequence[int]) -> str:
+    """'3', or '3 to 5'."""
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def command(result: Result) -> str:
+    """The command of a run without what belongs to this one run."""
+    kept, words = [], iter(result.record.get("command_line", []))
+    for word in words:
+        if word in LEFT_OUT:
+            next(words, None)
+        elif not word.startswith(tuple(f"{flag}=" for flag in LEFT_OUT)):
+            kept.append(word)
+    return shlex.join(["python", f"{result.run.script}.py", *kept]).replace("|", "\\|")
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The table."""
+    rows = [HEADER, ["---"] * len(HEADER), *(row(members) for members in group(results))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="RUN_FOLDER",
+        help="folders with args.json and log.jsonl, as in runs/ and results/",
+    )
+    parser.add_argument("--outf", type=Path, default=None, metavar="PNG", help="also draw the curves")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, draws the curves if asked; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    print(markdown([read_result(folder) for folder in args.folders]))
+    if args.outf is not None:
+        plot_runs.draw_runs(args.folders, args.outf)
+    return 0
+
+
+if __name__ == "__main__":
+    runs.run_script(main)

@@ -1,0 +1,83 @@
+"""compare_runs.py on the logs in results/ and on logs made by hand."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+import compare_runs
+from runs import UserError
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def cells(text):
+    """The table's rows as dicts."""
+    lines = [line.strip("| ").split(" | ") for line in text.strip().splitlines()]
+    assert lines[0] == list(compare_runs.HEADER)
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def make_run(folder, seed=1, test=19.0, script="train_rmc", average=None, **arguments):
+    valid = (30.0, 20.0, 25.0)
+    folder.mkdir(parents=True)
+    arguments = {"lr": 0.1, "seed": seed, "name": folder.name, "threads": seed, "cuda": False, **arguments}
+    record = {
+        "script": script,
+        "arguments": arguments,
+        "parameters": 12345,
+        "command_line": ["--lr", "0.1", "--seed", str(seed), "--name", folder.name, "--dropout-words=0.1"],
+        "environment": {"torch": "2.13.0", "threads": 1, "gpus": []},
+    }
+    (folder / "args.json").write_text(json.dumps(record))
+    events = [{"event": "valid", "epoch": i + 1, "step": i, "ppl": ppl, "seconds": 60.0 * (i + 1)}
+              for i, ppl in enumerate(valid)]
+    if average is not None:
+        events[-1]["average_ppl"] = average
+    if test is not None:
+        events.append({"event": "test", "epoch": len(valid), "step": 9, "ppl": test, "seconds": 200.0})
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def test_the_logs_in_results_give_the_numbers_of_the_readme(capsys, tmp_path):
+    names = ("tiny/rmc", "tiny/lstm", "wikitext2_cpu/rmc", "tiny/lstm-30-epochs")
+    folders = [RESULTS / name for name in names]
+    picture = tmp_path / "curves.png"
+    assert compare_runs.main([*map(str, folders), "--outf", str(picture)]) == 0
+    found = cells(capsys.readouterr().out)
+    assert [row["model"] for row in found] == ["RMC", "LSTM", "RMC", "LSTM"]
+    assert [row["parameters"] for row in found] == ["198,521", "199,471", "12,426,853", "199,471"]
+    assert [row["valid"] for row in found] == ["1.67", "2.06", "277.99", "1.74"]
+    assert [row["test"] for row in found] == ["1.67", "2.06", "259.59", "1.75"]
+    assert found[3]["epochs"].startswith("30 ") and found[2]["epochs"] == "1 (best 1)"
+    assert found[0]["command"] == "`python train_rmc.py --recipe tiny`"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_of_the_same_arguments_are_one_row_with_mean_and_deviation(tmp_path, capsys):
+    tests = [19.0, 20.5, 24.0]
+    folders = [make_run(tmp_path / f"run{seed}", seed, test=test) for seed, test in enumerate(tests, start=1)]
+    other = make_run(tmp_path / "other", lr=0.2, average=18.5)
+    unfinished = make_run(tmp_path / "unfinished", lr=0.3, test=None)
+    lstm = make_run(tmp_path / "lstm", script="train_rnn", model="LSTM")
+    compare_runs.main([str(folder) for folder in (*folders, other, unfinished, lstm)])
+    rows = cells(capsys.readouterr().out)
+    assert len(rows) == 4
+    assert rows[0]["run"] == "run1, run2, run3" and rows[0]["seeds"] == "1 2 3"
+    assert rows[0]["test"] == f"{sum(tests) / 3:.2f} ± {statistics.stdev(tests):.2f}" == "21.17 ± 2.57"
+    assert rows[0]["valid"] == "20.00 ± 0.00" and rows[0]["epochs"] == "3 (best 2)"
+    assert rows[0]["minutes"] == "3.3" and rows[0]["hardware"] == "CPU, 1 thread(s), torch 2.13.0"
+    assert rows[0]["command"] == "`python train_rmc.py --lr 0.1 --dropout-words=0.1`"
+    assert rows[1]["valid"] == "18.50" and rows[1]["epochs"] == "3 (best 3)"  # the average's
+    assert rows[2]["test"] == "-" and rows[2]["valid"] == "20.00"
+    assert rows[3]["model"] == "LSTM"
+
+
+def test_folders_that_cannot_be_compared_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        compare_runs.read_result(tmp_path / "nothing")
+    nth = make_run(tmp_path / "nth", script="train_nth_farthest")
+    with pytest.raises(UserError, match="has no perplexity"):
+        compare_runs.read_result(nth)
