@@ -168,7 +168,10 @@ def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
 
 
 def draw_language_models(plt: Any, found: Sequence[Run]) -> Any:
-    """Perplexity: validation (solid; averaged weights: dotted), training (dashed), against epochs (left) and minutes (right)."""
+    """Validation (solid; averaged weights dotted) and training (dashed) perplexity.
+
+    Against epochs (left) and minutes (right).
+    """
     require_events(found, "valid")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for number, run in enumerate(found):
@@ -181,9 +184,7 @@ def draw_language_models(plt: Any, found: Sequence[Run]) -> Any:
             )
             averaged = run.series("valid", x, "average_ppl", scale)
             if averaged[0]:
-                axis.plot(
-                    *averaged, color=f"C{number}", linestyle=":", label=f"{run.label}: valid, averaged weights"
-                )
+                axis.plot(*averaged, color=f"C{number}", linestyle=":", label=f"{run.label}: averaged")
             axis.plot(
                 *run.series("valid", x, "train_ppl", scale),
                 color=f"C{number}",

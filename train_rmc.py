@@ -40,6 +40,14 @@ RECIPES = {
         # So short a split loses too much context where 32 columns start in the midst of a story.
         "eval_batch_size": 4,
     },
+    # 10,665,278 parameters.
+    "wikitext2": {
+        "emsize": 256,
+        "headsize": 120,
+        "attmlplayers": 2,
+        "dropout_candidate": 0.1,
+        **{flag: value for flag, value in lm_flags.WIKITEXT2.items() if flag != "tied"},  # it always is
+    },
 }
 
 

@@ -37,6 +37,15 @@ RECIPES = {
         "threads": 1,
         "eval_batch_size": 4,
     },
+    # 10,609,998 parameters.
+    "wikitext2": {
+        "emsize": 280,
+        "nhid": 280,
+        "nlayers": 2,
+        "cudnn": True,
+        "dropout_hidden": 0.25,
+        **lm_flags.WIKITEXT2,
+    },
 }
 
 

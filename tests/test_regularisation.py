@@ -1,11 +1,14 @@
 """Regularisation: one mask per window, expectations kept, evaluation untouched, every path the same."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_lm_training import make_trainer
 from test_scripts import assert_same_checkpoint, interrupt_at, numbers, run
 from torch import nn
 
+import lm_flags
 import regularisation
 import relational_rnn_models
 import runs
@@ -455,3 +458,18 @@ def test_a_step_on_a_random_window_has_its_share_of_the_learning_rate(tmp_path):
         assert used == pytest.approx(schedule * (stop - first) / 11)
     trainer.step_schedule(1.0)
     assert trainer.lr == trainer.optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("script", [train_rmc, train_rnn], ids=lambda script: script.SCRIPT)
+def test_the_wikitext2_recipe_is_within_eleven_million_parameters_and_reaches_the_model(script, capsys):
+    parser = script.build_parser()
+    lm_flags.apply_recipe(parser, ["--recipe", "wikitext2"], script.RECIPES)
+    args = parser.parse_args(["--recipe", "wikitext2", "--no-locked-dropout"])
+    with torch.device("meta"):
+        model = script.build_model(args, 33278, None)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 10_500_000 < count <= 11_000_000
+    assert f"{count:,} parameters" in Path(script.__file__).read_text(encoding="utf-8")
+    assert not model.locked_dropout and model.output_layer.weight is model.embedding.weight
+    assert (model.dropout_input, model.dropout_words, model.dropout_weights) == (0.4, 0.1, 0.4)
+    assert "--locked-dropout True" in capsys.readouterr().out
