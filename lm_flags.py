@@ -253,8 +253,8 @@ def add_dropout_flags(
     )
 
 
-# What both models' recipe for WikiText-2 has in common: the parts of the AWD-LSTM, weaker, as the models are a
-# third of its size, with Adam, a cosine and a moving average in place of SGD and NT-ASGD. A starting point,
+# What both models' recipe for WikiText-2 has in common: the parts of the AWD-LSTM, weaker, as the models are
+# a third of its size, with Adam, a cosine and a moving average in place of SGD and NT-ASGD. A starting point,
 # chosen by hand: not measured on a GPU yet.
 WIKITEXT2 = {
     "tied": True,

@@ -1,0 +1,363 @@
+"""Everything that is to be found out on WikiText-2, unattended, several runs side by side.
+
+    python results/wikitext2/run_plan.py --cuda --parallel 4               until all is finished
+    python results/wikitext2/run_plan.py --cuda --parallel 4 --minutes 9   in pieces: call it until it says so
+
+It may be stopped at any moment (Ctrl-C, SIGTERM, the end of the minutes): runs save themselves, and the next
+call, with the same flags, goes on where they stood. A run that fails is noted in OUT/failed/ and left out;
+delete the note to try again.
+
+Stages, each done before the next begins:
+    original   the published arguments, three seeds: the RMC (11.8M parameters with the original module's
+               maths), the LSTM (tied, 10.7M), and the RMC at the LSTM's size
+    table      the rows of the published search over the RMC's sizes, one seed
+    search     for the best recipe at no more than 11M parameters: as many trials for either model, the recipe
+               wikitext2 first, the others drawn at random from the same ranges, for a part of the epochs
+    best       the trial of each model with the best validation perplexity, all epochs, three seeds
+    ablation   of these, one part at a time taken away or added, one seed
+
+After the stages `original` and `best` each run is scored as one stream (--eval-batch-size 1), with perplexity
+against the length of the state, into its folder's evaluation.txt. OUT/summary.md has the table of all runs
+after each call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("original", "table", "search", "best", "ablation")
+SEEDS = (1, 2, 3)
+SCRIPTS = {"rmc": "train_rmc", "lstm": "train_rnn"}
+STATE_LENGTHS = ("1", "3", "10", "30", "100", "300", "1000", "3000", "10000")
+
+# Embedding and head size, heads, MLP layers, key size, dropout of the output, slots. The row 192, 4, 3, 64,
+# 0.5, 1 is the stage `original`.
+TABLE = (
+    (128, 4, 3, 128, 0.0, 1), (128, 8, 3, 128, 0.0, 1), (128, 4, 3, 32, 0.0, 1), (128, 4, 3, 32, 0.5, 1),
+    (128, 4, 3, 64, 0.0, 1), (128, 4, 3, 64, 0.5, 1), (128, 4, 2, 64, 0.5, 1), (64, 4, 3, 64, 0.5, 1),
+    (64, 4, 3, 32, 0.5, 1), (64, 4, 3, 32, 0.5, 4), (192, 4, 3, 64, 0.5, 4), (256, 4, 3, 256, 0.0, 1),
+    (256, 4, 3, 64, 0.5, 1),
+)  # fmt: skip
+
+# Sizes of 10.2 to 10.8 million parameters; the first is the recipe's.
+SIZES = {
+    "rmc": (
+        "--emsize 256 --headsize 120 --attmlplayers 2", "--emsize 240 --headsize 128 --attmlplayers 2",
+        "--emsize 184 --headsize 176 --attmlplayers 3", "--emsize 240 --headsize 140 --attmlplayers 1",
+    ),
+    "lstm": (
+        "--emsize 280 --nhid 280 --nlayers 2", "--emsize 270 --nhid 270 --nlayers 3",
+        "--emsize 288 --nhid 288 --nlayers 1", "--emsize 220 --nhid 450 --nlayers 2 --project",
+    ),
+}  # fmt: skip
+RANGES = {
+    "--lr": (0.001, 0.002, 0.003),
+    "--batch_size": (20, 40, 64),
+    "--dropout-input": (0.2, 0.3, 0.4, 0.5),
+    "--dropout-output": (0.3, 0.4, 0.5),
+    "--dropout-words": (0.0, 0.05, 0.1, 0.2),
+    "--dropout-weights": (0.0, 0.2, 0.4, 0.6),
+    "--ar": (0.0, 2.0),
+    "--weight-decay": (0.003, 0.03, 0.1, 0.3),
+}
+# The last range is each model's own: recurrent dropout of the one, dropout between layers of the other.
+OWN_RANGES = {
+    "rmc": ("--dropout-candidate", (0.0, 0.1, 0.2, 0.3)),
+    "lstm": ("--dropout-hidden", (0.1, 0.2, 0.3, 0.4)),
+}
+PARTS = {
+    "no-locked": "--no-locked-dropout",
+    "no-words": "--dropout-words 0",
+    "no-weights": "--dropout-weights 0",
+    "no-ar": "--ar 0",
+    "no-tar": "--tar 0",
+    "no-decay": "--weight-decay 0",
+    "no-average": "--average none",
+    "nt-asgd": "--average nt-asgd --schedule plateau",
+    "plateau": "--schedule plateau",
+    "random-windows": "--random-bptt",
+    "random-windows-two-lengths": "--random-bptt 0",
+    "clip-0.1": "--clip 0.1",
+}
+OWN_PARTS = {"rmc": {"no-candidate": "--dropout-candidate 0"}, "lstm": {"no-hidden": "--dropout-hidden 0"}}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to train, or (`evaluate`) one to score as one stream."""
+
+    name: str
+    model: str
+    flags: tuple[str, ...] = ()
+    evaluate: bool = False
+
+
+def original() -> list[Job]:
+    """The published arguments, and the pair of equal size."""
+    kinds = {
+        "rmc": ("rmc", ""),
+        "lstm": ("lstm", "--tied --cudnn"),
+        "rmc-10.75M": ("rmc", "--emsize 184 --headsize 176"),
+    }
+    return [
+        Job(f"original-{name}-seed{seed}", model, (*flags.split(), "--seed", str(seed)))
+        for seed in SEEDS
+        for name, (model, flags) in kinds.items()
+    ]
+
+
+def published_table() -> list[Job]:
+    """The rows of the published search."""
+    jobs = []
+    for size, heads, layers, key, dropout, slots in TABLE:
+        flags = (
+            f"--emsize {size} --headsize {size} --numheads {heads} --attmlplayers {layers} --keysize {key} "
+            f"--dropout-output {dropout} --memslots {slots}"
+        )
+        name = f"table-{size}-{heads}-{layers}-{key}-{'yes' if dropout else 'no'}-{slots}"
+        jobs.append(Job(name, "rmc", tuple(flags.split())))
+    return jobs
+
+
+def search(trials: int, epochs: int) -> list[Job]:
+    """As many trials for either model, drawn alike; the first is the recipe as it stands."""
+    jobs = []
+    for number in range(trials):
+        draw = random.Random(number)  # the same for both models
+        shared = [word for flag, values in RANGES.items() for word in (flag, str(draw.choice(values)))]
+        size, own = draw.randrange(4), draw.randrange(4)
+        for model in SCRIPTS:
+            flags = ["--recipe", "wikitext2"]
+            if number:
+                flag, values = OWN_RANGES[model]
+                flags += [*SIZES[model][size].split(), *shared, flag, str(values[own])]
+            jobs.append(Job(f"search-{model}-{number:02}", model, (*flags, "--epochs", str(epochs))))
+    return jobs
+
+
+def best_trials(out: Path, jobs: Sequence[Job]) -> dict[str, tuple[str, ...]]:
+    """By model the flags of its trial with the best validation perplexity, without --epochs."""
+    best: dict[str, tuple[float, tuple[str, ...]]] = {}
+    for job in jobs:
+        scores = [
+            event[key]
+            for event in log_of(out / job.name)
+            for key in ("ppl", "average_ppl")
+            if event.get("event") == "valid" and event.get(key) is not None
+        ]
+        if finished(out, job) and (job.model not in best or min(scores) < best[job.model][0]):
+            best[job.model] = (min(scores), job.flags[: job.flags.index("--epochs")])
+    return {model: flags for model, (_, flags) in best.items()}
+
+
+def best(flags: dict[str, tuple[str, ...]]) -> list[Job]:
+    """The best trials with all epochs, three seeds."""
+    return [
+        Job(f"best-{model}-seed{seed}", model, (*flags[model], "--seed", str(seed)))
+        for seed in SEEDS
+        for model in flags
+    ]
+
+
+def ablation(flags: dict[str, tuple[str, ...]]) -> list[Job]:
+    """The best trials, with one part taken away or added; seed 1, as in `best`."""
+    return [
+        Job(f"ablation-{model}-{name}", model, (*flags[model], "--seed", "1", *change.split()))
+        for model in flags
+        for name, change in {**PARTS, **OWN_PARTS[model]}.items()
+    ]
+
+
+# ---- doing them
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The events of a run's log, half-written lines left out; none if there is no log."""
+    events = []
+    path = folder / "log.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
+
+
+def finished(out: Path, job: Job) -> bool:
+    """Whether the job has been done."""
+    if job.evaluate:
+        return (out / job.name / "evaluation.txt").exists()
+    return any(event.get("event") == "test" for event in log_of(out / job.name))
+
+
+def failed(out: Path, job: Job) -> Path:
+    """The note of a job's failure."""
+    return out / "failed" / f"{job.name}{'-evaluation' if job.evaluate else ''}.txt"
+
+
+class Plan:
+    """Does jobs, several at once, until the time is over or someone asks to stop."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out
+        self.deadline = time.monotonic() + args.minutes * 60 if args.minutes else None
+        self.stop = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self.stop = True
+
+    @property
+    def over(self) -> bool:
+        """Whether no more work is to be begun."""
+        return self.stop or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def command(self, job: Job) -> list[str]:
+        """What starts the job, or goes on with it."""
+        args, folder = self.args, self.out / job.name
+        script = [sys.executable, str(ROOT / f"{SCRIPTS[job.model]}.py")]
+        device = ["--cuda"] if args.cuda else []
+        if job.evaluate:
+            lengths = ["--eval-batch-size", "1", "--state-lengths", *STATE_LENGTHS]
+            return [*script, "--evaluate", str(folder), *lengths, *device]
+        if (folder / "args.json").exists():
+            return [*script, "--resume", str(folder), *device]
+        with contextlib.suppress(OSError):  # left by a run that was killed as it made its folder
+            folder.rmdir()
+        changed = shlex.split(args.extra)
+        if args.epochs:
+            changed += ["--epochs", str(args.epochs)]
+        where = ["--runs-folder", str(self.out), "--name", job.name, "--save-every", "2"]
+        return [*script, *job.flags, *changed, *where, *device]
+
+    def do(self, jobs: Sequence[Job]) -> bool:
+        """Does the jobs that are neither done nor noted as failed; False if it had to stop before the end."""
+        waiting = [job for job in jobs if not finished(self.out, job) and not failed(self.out, job).exists()]
+        running: dict[Job, tuple[subprocess.Popen, Path]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.args.parallel and not self.over:
+                job = waiting.pop(0)
+                output = self.out / "output" / failed(self.out, job).name
+                with open(output, "ab") as file:
+                    # In a group of its own: Ctrl-C must reach it once, through us.
+                    process = subprocess.Popen(
+                        self.command(job), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )  # fmt: skip
+                print(f"{'scoring' if job.evaluate else 'training'} {job.name}", flush=True)
+                running[job] = (process, output)
+            if self.over:
+                for process, _ in running.values():
+                    process.terminate()
+                for job, (process, output) in running.items():
+                    process.wait()
+                    self.note(job, process.returncode, output)
+                return not waiting and all(finished(self.out, job) for job in running)
+            for job, (process, output) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    self.note(job, process.returncode, output)
+            time.sleep(0.05)
+        return True
+
+    def note(self, job: Job, status: int, output: Path) -> None:
+        """Keeps a score, or the reason of a failure; a run that was stopped is neither."""
+        folder = self.out / job.name
+        if status == 0 and job.evaluate:
+            os.replace(output, folder / "evaluation.txt")
+        elif status == 0:
+            print(f"finished {job.name}", flush=True)
+        elif not (self.over and status in (130, 143, -signal.SIGINT, -signal.SIGTERM)):
+            text = output.read_text(encoding="utf-8", errors="replace")
+            failed(self.out, job).write_text(text[-5000:], encoding="utf-8")
+            print(f"FAILED   {job.name}: see {failed(self.out, job)}", flush=True)
+        elif job.evaluate:
+            output.unlink()
+
+    def summarise(self, jobs: Sequence[Job]) -> None:
+        """The table of all runs that have a log."""
+        folders = [str(self.out / job.name) for job in jobs if log_of(self.out / job.name)]
+        if folders:
+            command = [sys.executable, str(ROOT / "compare_runs.py"), *folders]
+            table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+            (self.out / "summary.md").write_text(table.stdout or table.stderr, encoding="utf-8")
+
+    def run(self) -> bool:
+        """All stages asked for; False if there is more to do."""
+        args, done, known = self.args, True, []
+        trials = search(args.trials, args.search_epochs)
+        for stage in STAGES:
+            if stage == "original":
+                jobs = original()
+            elif stage == "table":
+                jobs = published_table()
+            elif stage == "search":
+                jobs = trials
+            else:
+                jobs = (best if stage == "best" else ablation)(best_trials(self.out, trials))
+            known += jobs
+            if stage not in args.stages:
+                continue
+            if stage in ("best", "ablation") and not jobs:
+                print(f"stage {stage}: no finished trial of the stage search to start from", flush=True)
+                continue
+            done = self.do(jobs)
+            if done and stage in ("original", "best"):
+                trained = [job for job in jobs if finished(self.out, job)]
+                done = self.do([Job(job.name, job.model, evaluate=True) for job in trained])
+            if not done:
+                break
+        self.summarise(known)
+        return done
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which ones (default: all)")
+    add("--out", type=Path, default=Path("runs/wikitext2"), help="folder of the runs (runs/wikitext2)")
+    add("--minutes", type=float, default=0, help="stop after so long, to go on with another call (0: never)")
+    add("--parallel", type=int, default=1, help="runs side by side on one device (1)")
+    add("--cuda", action="store_true", help="on the GPU")
+    add("--trials", type=int, default=12, help="of each model in the stage search (12)")
+    add("--search-epochs", type=int, default=30, help="epochs of a trial (30)")
+    add("--epochs", type=int, default=0, help="epochs of every run, for a rehearsal (0: each stage's own)")
+    add("--extra", default="", help="further flags for every run, for a rehearsal; they win over the plan's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Works on the plan; returns 0, also when there is more to do."""
+    args = build_parser().parse_args(argv)
+    args.out = args.out if args.out.is_absolute() else ROOT / args.out
+    for folder in ("failed", "output"):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
+    plan = Plan(args)
+    done = plan.run()
+    notes = len(list((args.out / "failed").iterdir()))
+    print(f"{notes} failures, see {args.out / 'failed'}" if notes else "no failures")
+    print(f"all is finished: {args.out}" if done else "stopped; call again to go on", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

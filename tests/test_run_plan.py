@@ -1,0 +1,123 @@
+"""The plan of the WikiText-2 runs: its commands fit the scripts; it stops, goes on, notes failures."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lm_flags
+import train_rmc
+import train_rnn
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"rmc": train_rmc, "lstm": train_rnn}
+
+# Stands in for the training scripts: --epochs epochs of 10 ms, counted in a file; its score is its --lr.
+FAKE = """
+import json, signal, sys, time
+from pathlib import Path
+words = sys.argv[1:]
+def value(flag, default=None):
+    return words[len(words) - 1 - words[::-1].index(flag) + 1] if flag in words else default
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+if value("--evaluate"):
+    print("scored as", value("--eval-batch-size"))
+    sys.exit(0)
+if value("--resume"):
+    folder = Path(value("--resume"))
+    words = json.loads((folder / "args.json").read_text())
+else:
+    folder = Path(value("--runs-folder")) / value("--name")
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps(words))
+if value("--dropout-weights") == "0":
+    print("error: no good")
+    sys.exit(2)
+done = folder / "last"
+for epoch in range(int(done.read_text()) if done.exists() else 0, int(value("--epochs", 2))):
+    time.sleep(0.01)
+    done.write_text(str(epoch + 1))
+    if stop:
+        sys.exit(143)
+with open(folder / "log.jsonl", "a") as log:
+    for event in ("valid", "test"):
+        print(json.dumps({"event": event, "ppl": float(value("--lr", 9)), "epoch": epoch}), file=log)
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """The module, with scripts beside it that only pretend."""
+    spec = importlib.util.spec_from_file_location("run_plan", ROOT / "results" / "wikitext2" / "run_plan.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "run_plan", module)
+    spec.loader.exec_module(module)
+    for name in ("train_rmc", "train_rnn"):
+        (tmp_path / f"{name}.py").write_text(FAKE)
+    (tmp_path / "compare_runs.py").write_text("import sys; print(len(sys.argv) - 1, 'runs')")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)  # the test run's own stay
+    return module
+
+
+def test_every_command_fits_its_script_and_the_search_stays_within_its_size(plan):
+    trials = plan.search(12, 30)
+    flags = {job.model: job.flags[:-2] for job in trials[-2:]}
+    jobs = [*plan.original(), *plan.published_table(), *trials, *plan.best(flags), *plan.ablation(flags)]
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        script = SCRIPTS[job.model]
+        parser = script.build_parser()
+        lm_flags.apply_recipe(parser, job.flags, script.RECIPES)
+        args = parser.parse_args(job.flags)
+        with torch.device("meta"):
+            model = script.build_model(args, 33278, None)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        if job.name.startswith(("search", "best", "ablation")):
+            assert 10e6 < count <= 11e6, (job, count)
+        if job.name.startswith(("original-lstm", "original-rmc-10.75M")):
+            assert 10.7e6 < count < 10.8e6
+    per_model = [[job for job in trials if job.model == model] for model in SCRIPTS]
+    assert len(per_model[0]) == len(per_model[1]) == 12
+    shared = [[job.flags[job.flags.index("--lr") :][:-4] for job in jobs[1:]] for jobs in per_model]
+    assert shared[0] == shared[1]  # the same draws for both, but for size and own part
+
+
+def test_the_plan_takes_the_best_trials_notes_failures_and_does_nothing_twice(plan, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--out", str(out), "--parallel", "4", "--trials", "3", "--epochs", "1",
+            "--stages", "search", "best", "ablation"]
+    assert plan.main(argv) == 0
+    output = capsys.readouterr().out
+    assert "all is finished" in output and "2 failures" in output
+    assert sorted(path.name for path in (out / "failed").iterdir()) == [
+        "ablation-lstm-no-weights.txt", "ablation-rmc-no-weights.txt"
+    ]
+    assert "no good" in (out / "failed" / "ablation-rmc-no-weights.txt").read_text()
+    best = plan.best_trials(out, plan.search(3, 30))
+    lowest = min((job.flags for job in plan.search(3, 30)[2:] if job.model == "rmc"),
+                 key=lambda flags: float(flags[flags.index("--lr") + 1]))
+    assert best["rmc"] == lowest[:-2]
+    assert (out / "best-rmc-seed3" / "evaluation.txt").read_text() == "scored as 1\n"
+    assert (out / "summary.md").read_text().endswith("runs\n")
+    plan.main(argv)
+    assert "training" not in capsys.readouterr().out
+
+
+def test_a_plan_that_is_stopped_goes_on_where_it_stood(plan, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--out", str(out), "--parallel", "3", "--epochs", "40", "--stages", "original"]
+    assert plan.main([*argv, "--minutes", "0.006"]) == 0  # 0.36 s: in the first three runs of 0.4 s
+    output = capsys.readouterr().out
+    assert "stopped; call again" in output and "no failures" in output
+    assert not list(out.glob("*/log.jsonl"))
+    assert plan.main(argv) == 0
+    assert "all is finished" in capsys.readouterr().out
+    assert len(list(out.glob("original-*/evaluation.txt"))) == 9
+    # What was done before was not done again: a run writes its two lines once, at its end.
+    assert all(len(path.read_text().splitlines()) == 2 for path in out.glob("*/log.jsonl"))
+    shutil.rmtree(out)
