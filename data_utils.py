@@ -432,6 +432,12 @@ def save_cache(corpus: Corpus, vocab_from: str, key: str) -> None:
         reason = problem.strerror or problem
         warn(f"no corpus cache in {corpus.folder} ({reason}): the texts are tokenised anew each time")
         return
+    for left in corpus.folder.glob(".*.tmp"):
+        # Of a process killed while it wrote; a fresh one may be at work still.
+        if left.name.startswith("..corpus-"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 86400:
+                    left.unlink()
     for other in corpus.folder.glob(f".corpus-{vocab_from}-*.pkl"):
         if other != path:  # of texts that are no more; nobody else would remove it
             with contextlib.suppress(OSError):

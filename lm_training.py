@@ -132,6 +132,7 @@ def load_model(
             raise ValueError(
                 f"the model is for {config['vocab_size']} words, the vocabulary has {len(words)}"
             )
+        runs.check_layer_counts(config, weights)
         # Built without memory first: a config that asks for more than the file holds gets none.
         with torch.device("meta"):
             expected = {
@@ -143,14 +144,14 @@ def load_model(
             raise ValueError(
                 f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
             )
-        if not all(value.isfinite().all() for value in weights.values()):
-            raise ValueError("weights that are not finite")
+        if any(value.is_complex() or not value.isfinite().all() for value in weights.values()):
+            raise ValueError("weights that are no finite real numbers")
         model = MODELS[kind](**config)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if runs.is_out_of_memory(error):
             raise
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else runs.first_line(error)
         raise UserError(
             f"the checkpoint does not fit together ({reason}). Was it altered? Use another one."
         ) from None

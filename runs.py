@@ -107,6 +107,11 @@ def run_script(
     sys.exit(status)
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line of bearable length; the name of its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that host or device memory ran out (torch has no class for the host's)."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -630,10 +635,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
     except Exception as error:  # pickle, zip and torch raise almost anything on foreign bytes
         if is_out_of_memory(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+            raise UserError(
+                f"{path} asks for more memory than there is, in a file of {path.stat().st_size:,} bytes "
+                f"({first_line(error)}). Use another checkpoint, or a machine with more memory."
+            ) from None
         raise UserError(
-            f"{path} is not a checkpoint of this project, or it is damaged ({reason}). "
+            f"{path} is not a checkpoint of this project, or it is damaged ({first_line(error)}). "
             "Use another checkpoint."
         ) from None
     if not isinstance(contents, dict) or "format" not in contents:
@@ -659,6 +666,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return contents
 
 
+_DOS_FOLDER = 0x10  # attribute of a zip entry
+
+
 def _check_archive(path: Path) -> None:
     """Raises ValueError or zipfile's errors unless the file is an intact archive as torch.save makes it."""
     with zipfile.ZipFile(path) as archive:
@@ -666,6 +676,9 @@ def _check_archive(path: Path) -> None:
         # torch stores without compression; compressed entries could unfold to any size.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("compressed entries")
+        # torch's reader takes an entry with this bit for a folder and hands out memory that nobody wrote to.
+        if any(entry.external_attr & _DOS_FOLDER for entry in entries):
+            raise ValueError("folders among the entries")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("entries larger than the file")
         damaged = archive.testzip()  # torch.load itself does not compare the checksums
@@ -674,14 +687,26 @@ def _check_archive(path: Path) -> None:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+    """All tensors in containers of any depth, each container looked at once: one may hold itself, or be held
+    twice at each of many levels, which no walk through all the ways would come to the end of."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+
+
+def check_layer_counts(config: dict[str, Any], weights: dict[str, Any]) -> None:
+    """ValueError for a checkpoint's config with more layers than there are weights.
+
+    They are built one by one, and a number made up could take for ever.
+    """
+    for name, value in config.items():
+        if isinstance(value, int) and ("layers" in name or "blocks" in name) and value > len(weights):
+            raise ValueError(f"{name} is {value}, with {len(weights)} weights in all")
 
 
 # ---- randomness, devices

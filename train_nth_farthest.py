@@ -600,11 +600,12 @@ class Trainer:
             if before.target_accuracy != self.args.target_accuracy:
                 self.at.times_on_target = 0  # they were on another target
             old, new = (learning_rate(self.at.step + 1, args) for args in (before, self.args))
+            self.lr.fill_(float(self.optimizer.param_groups[0]["lr"]))  # a run that is done saves it again
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if runs.is_out_of_memory(error):
                 raise
             raise UserError(
-                f"last.pt does not fit this run ({str(error).splitlines()[0]}). Was it altered? "
+                f"last.pt does not fit this run ({runs.first_line(error)}). Was it altered? "
                 "Start a new run."
             ) from None
         if old != new:
@@ -642,18 +643,21 @@ def load_model(checkpoint: dict[str, Any], device: torch.device | str = "cpu") -
         )
     try:
         config, weights = checkpoint["config"], checkpoint["model"]
+        runs.check_layer_counts(config, weights)
         # Built without memory first: a config that asks for more than the file holds gets none.
         with torch.device("meta"):
             expected = {name: value.shape for name, value in NthFarthestModel(**config).state_dict().items()}
         if expected != {name: value.shape for name, value in weights.items()}:
             raise ValueError("weights and config are of different models")
+        if any(value.is_complex() or not value.isfinite().all() for value in weights.values()):
+            raise ValueError("weights that are no finite real numbers")
         model = NthFarthestModel(**config)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if runs.is_out_of_memory(error):
             raise
         raise UserError(
-            f"the checkpoint does not fit together ({str(error).splitlines()[0]}). Was it altered? "
+            f"the checkpoint does not fit together ({runs.first_line(error)}). Was it altered? "
             "Use another one."
         ) from None
     return model.to(device).eval()
