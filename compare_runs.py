@@ -26,7 +26,7 @@ from runs import UserError
 # Arguments that change nothing in a run's numbers but the seed's.
 NOT_COMPARED = runs.RESUME_MAY_CHANGE | {"seed", "name", "evaluate", "state_lengths", "collective_timeout"}
 # Flags that the row's command leaves out, each with a value: the row stands for several seeds and folders.
-LEFT_OUT = ("--seed", "--name", "--runs-folder", "--resume")
+LEFT_OUT = ("--seed", "--name", "--runs-folder", "--resume", "--save-every")
 HEADER = ("run", "model", "parameters", "valid", "test", "epochs", "minutes", "seeds", "hardware", "command")
 
 
