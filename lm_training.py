@@ -120,7 +120,7 @@ def load_model(
     kind = checkpoint.get("kind")
     if not isinstance(kind, str) or kind not in MODELS:
         raise UserError(
-            f"the checkpoint holds a model of kind {kind!r}, not a language model "
+            f"the checkpoint holds a model of kind {runs.in_one_line(kind)}, not a language model "
             f"({' or '.join(map(repr, MODELS))}). Use a best.pt made by train_rmc.py or train_rnn.py."
         )
     try:
@@ -148,7 +148,7 @@ def load_model(
             raise ValueError("weights that are no finite real numbers")
         model = MODELS[kind](**config)
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         if runs.is_out_of_memory(error):
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else runs.first_line(error)

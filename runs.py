@@ -112,6 +112,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
+def in_one_line(value: Any) -> str:
+    """A value found in somebody's file, for a message: its kind alone where it is not simple."""
+    return f"{value!r:.80}" if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that host or device memory ran out (torch has no class for the host's)."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -582,14 +587,16 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
         for line in file:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if not isinstance(event, dict):
                 continue
-            step = event.get("step", 0)
-            if event.get("event") == "resume":
+            kind, step = event.get("event"), event.get("step", 0)
+            if not isinstance(step, (int, float)) or not isinstance(kind, (str, type(None))):
+                continue  # not written by a run
+            if kind == "resume":
                 events = {key: earlier for key, earlier in events.items() if key[1] <= step}
-            events[event.get("event"), step] = event
+            events[kind, step] = event
     return list(events.values())
 
 
@@ -647,11 +654,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise UserError(
             f"{path} is not a checkpoint of this project. Use a best.pt or last.pt from a run folder."
         )
-    if contents["format"] != CHECKPOINT_FORMAT:
+    if type(contents["format"]) is not int or contents["format"] != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path} has checkpoint format {contents['format']!r}, of project version "
-            f"{contents.get('project')!r}; this version, {VERSION}, reads format {CHECKPOINT_FORMAT}. "
-            "Use the version of the project that wrote it."
+            f"{path} has checkpoint format {in_one_line(contents['format'])}, of project version "
+            f"{in_one_line(contents.get('project'))}; this version, {VERSION}, reads format "
+            f"{CHECKPOINT_FORMAT}. Use the version of the project that wrote it."
         )
     for tensor in _tensors(contents):
         # A tensor may claim any size over a small storage (stride 0): harmless as it is, a bomb once copied.

@@ -638,8 +638,8 @@ def load_model(checkpoint: dict[str, Any], device: torch.device | str = "cpu") -
     """
     if checkpoint.get("kind") != KIND:
         raise UserError(
-            f"the checkpoint holds a model of kind {checkpoint.get('kind')!r}, not one made by {SCRIPT}.py. "
-            "Use a best.pt or last.pt of such a run."
+            f"the checkpoint holds a model of kind {runs.in_one_line(checkpoint.get('kind'))}, not one "
+            f"made by {SCRIPT}.py. Use a best.pt or last.pt of such a run."
         )
     try:
         config, weights = checkpoint["config"], checkpoint["model"]
@@ -653,7 +653,7 @@ def load_model(checkpoint: dict[str, Any], device: torch.device | str = "cpu") -
             raise ValueError("weights that are no finite real numbers")
         model = NthFarthestModel(**config)
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         if runs.is_out_of_memory(error):
             raise
         raise UserError(
