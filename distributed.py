@@ -19,7 +19,9 @@ import datetime
 import os
 import signal
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 import runs
 from runs import UserError
@@ -288,18 +291,55 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:
         return device, place
     limit = datetime.timedelta(seconds=args.collective_timeout)
     with _contact():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        store, rank, world_size = next(rendezvous("env://", timeout=limit))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_fresh_part(store, rank, world_size, args.collective_timeout),
+            rank=rank,
+            world_size=world_size,
+            timeout=limit,
+        )
         control = dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else dist.group.WORLD
+    processes = replace(place, control=control)
+    asked = {name: value for name, value in vars(args).items() if name != "threads"}
+    processes.check_same("what the command line asks for, or the run folder that it names,", asked)
     print(f"processes: {place.world_size}", flush=True)
-    return device, replace(place, control=control)
+    return device, processes
 
 
-def arguments_after_restart(
+def _fresh_part(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """A part of torchrun's key-value store into which no earlier processes have written.
+
+    torchrun keeps its store when it starts all processes again, and with it the addresses of those that are
+    gone; the number of restarts that it tells need not be the same on all hosts. So the main process answers
+    each of the others, who ask under names never used before.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question/{rank}", question)
+        part = store.get(f"answer/{question}").decode()  # waits for it
+        store.set(f"{part}/{rank}", "heard")
+        return dist.PrefixStore(part, store)
+    part, silent, end = uuid.uuid4().hex, set(range(1, world_size)), time.monotonic() + timeout
+    while silent:
+        if time.monotonic() > end:
+            raise RuntimeError(f"no word from ranks {sorted(silent)} within {timeout:g} s")
+        for rank in list(silent):
+            if store.check([f"question/{rank}"]):  # perhaps an old one still: then ask again
+                store.set(f"answer/{store.get(f'question/{rank}').decode()}", part)
+            if store.check([f"{part}/{rank}"]):
+                silent.remove(rank)
+        time.sleep(0.01)
+    return dist.PrefixStore(part, store)
+
+
+def arguments_to_go_on(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> Sequence[str] | None:
-    """The command line; after a restart by torchrun, with --resume for the run that it names.
+    """The command line; with --resume where torchrun may restart and the run that it names has begun.
 
-    Restarted processes know nothing but their command line, the one that began the run. Hence --name.
+    Restarted processes know nothing but their command line, the one that began the run. Hence --name. A whole
+    torchrun that is given again after all of it has failed goes on in the same way.
 
     Raises:
         UserError: restarts are allowed, but the command line does not name the run.
@@ -316,13 +356,11 @@ def arguments_after_restart(
             "restarted processes find the run that they are to go on with."
         )
     folder = Path(args.runs_folder) / args.name
-    place = from_environment()
-    if place.restarts == 0:
-        return argv
     if (folder / "args.json").is_file():
         return [*(sys.argv[1:] if argv is None else argv), "--resume", str(folder)]
-    if place.is_main:  # it was made, and killed before a word was in it
-        runs.discard_run_folder(folder)
+    if from_environment().is_main:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # empty: killed before a word was in it
     return argv
 
 

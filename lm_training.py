@@ -735,7 +735,7 @@ def run(
         the exit status: 0, or 128 + the number of the signal that stopped the run.
     """
     apply_recipe(parser, argv, recipes)
-    argv = distributed.arguments_after_restart(parser, argv)
+    argv = distributed.arguments_to_go_on(parser, argv)
     may_change = ("epochs", "data", "evaluate", "state_lengths")
     args = runs.parse_arguments(parser, argv, script, may_change)
     if args.state_lengths and args.evaluate is None:

@@ -716,7 +716,7 @@ def draw_attention(model: NthFarthestModel, inputs: torch.Tensor, path: Path) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains (or, with --evaluate, only measures) as the command line says; returns the exit status."""
     parser = build_parser()
-    argv = distributed.arguments_after_restart(parser, argv)
+    argv = distributed.arguments_to_go_on(parser, argv)
     args = runs.parse_arguments(parser, argv, SCRIPT, may_change=RESUME_MAY_CHANGE)
     if args.evaluate is not None:
         if args.resume is not None:
