@@ -48,6 +48,7 @@ CASES = {
         "full": FULL,
         "adaptive": ADAPTIVE,
         "accumulate": ["--accumulate", "2"],
+        "penalties": ["--ar", "2", "--tar", "1"],
         "adaptive accumulate": [*ADAPTIVE, "--accumulate", "2", "--schedule", "cosine", "--warmup", "3"],
     }.items()
 }
