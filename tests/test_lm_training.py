@@ -342,7 +342,7 @@ def test_fault_7_a_checkpoint_rebuilds_the_model_from_plain_data(tmp_path, kind)
         (lambda c: c["config"].update(hidden_size="x"), "does not fit"),
         (lambda c: c["config"].update(strange=1), "strange"),
         (lambda c: c["model"].pop("embedding.weight"), "embedding.weight"),
-        (lambda c: c["model"]["embedding.weight"].fill_(math.nan), "not finite"),
+        (lambda c: c["model"]["embedding.weight"].fill_(math.nan), "no finite"),
         (lambda c: c["model"].update({"embedding.weight": torch.zeros(2)}), "embedding.weight: expected"),
     ],
 )

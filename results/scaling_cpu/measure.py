@@ -3,8 +3,8 @@
     python results/scaling_cpu/measure.py > results/scaling_cpu/log.txt
 
 Each process has one thread. In every round rank 0 first takes STEPS steps alone on the whole batch, while
-rank 1 sleeps in a barrier; then both take as many together, each on its half of the columns. The RMC is that of
-train_rmc.py's defaults, 32 columns of 35 tokens, full softmax over 10,000 words; the text is random, which
+rank 1 sleeps in a barrier; then both take as many together, each on its half of the columns. The RMC is that
+of train_rmc.py's defaults, 32 columns of 35 tokens, full softmax over 10,000 words; the text is random, which
 costs the same.
 """
 
