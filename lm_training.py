@@ -894,7 +894,7 @@ def score(args: argparse.Namespace, given: dict[str, Any]) -> int:
             rows = state_lengths.state_lengths(model, getattr(corpus, split), args.state_lengths, device)
             say(state_lengths.table(rows, loss, columns))
             lengths[split] = (rows, loss)
-    if lengths:
+    if lengths and processes.is_main:
         state_lengths.write_csv(path.parent / "state_lengths.csv", lengths)
         say(f"written: {path.parent / 'state_lengths.csv'}")
     return 0
