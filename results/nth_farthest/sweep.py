@@ -5,6 +5,7 @@
 Every run starts from BASE or HARD below and changes what SWEEP says. The readings of a finished run, one
 every 100 steps, become one line of sweep.jsonl, and sweep.csv is its summary. What is finished there is not
 run again, and a run that was stopped goes on where it was: interrupt the script and call it again at will.
+With matplotlib sweep.png shows the steps that each run took to leave its plateau.
 
 Columns of sweep.csv:
     left       first step at which the test accuracy was six standard deviations above the plateau
@@ -23,7 +24,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import statistics
 import sys
 import threading
 import time
@@ -37,18 +37,22 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+import plot_runs  # noqa: E402
 import runs  # noqa: E402
 import train_nth_farthest as script  # noqa: E402
 
 # Set in a worker that Ctrl-C has stopped: the pool may have given it the next run already.
 STOPPED = threading.Event()
 
-LOG, TABLE = FOLDER / "sweep.jsonl", FOLDER / "sweep.csv"
+LOG, TABLE, PICTURE = (FOLDER / f"sweep.{ending}" for ending in ("jsonl", "csv", "png"))
 
 # The small case of docs/nth_farthest.md with half its core and half its batch, as in the end-to-end test: a
-# quarter of a minute on a quiet core. And a harder case. Of a flag given twice the later counts.
+# quarter of a minute on a quiet core. Two harder cases: the small case itself with two dimensions, and four
+# vectors. Of a flag given twice the later counts.
 BASE = "--num-vectors 3 --num-dims 1 --outputunits 64 --batch-size 64 --lr 1e-3 --steps 2000 --memslots 3 "
 BASE += "--numheads 2 --headsize 16 --input-scale 3 --memory-scale 6 --target-accuracy 0.9"
+PLANE = "--num-vectors 3 --num-dims 2 --outputunits 64 --batch-size 128 --lr 1e-3 --steps 3000 --memslots 3 "
+PLANE += "--numheads 4 --headsize 16 --input-scale 3 --memory-scale 8 --target-accuracy 0.9"
 HARD = "--num-vectors 4 --num-dims 2 --outputunits 64 --batch-size 64 --lr 5e-4 --steps 4000 --memslots 4 "
 HARD += "--numheads 2 --headsize 16 --input-scale 2 --memory-scale 6 --target-accuracy 0.9"
 
@@ -59,15 +63,18 @@ SWEEP = [
     ("lr-3e-3", BASE, "--lr 3e-3", None, 3),
     ("hard-curriculum-vectors", HARD, "--curriculum-vectors 2 3 --curriculum-accuracy 0.85", None, 2),
     ("hard", HARD, "", None, 2),
+    ("plane-curriculum-dims", PLANE, "--curriculum-dims 1 --curriculum-accuracy 0.85", None, 3),
+    ("plane", PLANE, "", None, 3),
     ("batch-16", BASE, "--batch-size 16", None, 3),
     ("batch-256", BASE, "--batch-size 256", None, 3),
+    ("batch-256-lr-3e-3", BASE, "--batch-size 256 --lr 3e-3", None, 3),
     ("heads-1x32", BASE, "--numheads 1 --headsize 32", None, 3),
     ("heads-8x4", BASE, "--numheads 8 --headsize 4", None, 3),
-    ("slots-8", BASE, "--memslots 8", None, 3),
     ("slots-1", BASE, "--memslots 1", None, 3),
     ("clip-none", BASE, "--clip 0", None, 3),
+    ("batch-256-lr-3e-4", BASE, "--batch-size 256 --lr 3e-4", None, 3),
+    ("slots-8", BASE, "--memslots 8", None, 3),
     ("init-head-he", BASE, "", "head-he", 3),
-    ("hard-curriculum-dims", HARD, "--curriculum-dims 1 --curriculum-accuracy 0.85", None, 2),
     ("warmup-500", BASE, "--warmup 500", None, 3),
     ("lr-1e-4", BASE, "--lr 1e-4 --steps 6000", None, 3),
     ("init-orthogonal", BASE, "", "orthogonal", 3),
@@ -195,7 +202,8 @@ def write_table() -> None:
         table = csv.writer(file, lineterminator="\n")
         columns = "name seed left to_90 accuracy steps minutes changed initialisation torch hardware"
         table.writerow(columns.split())
-        changed = {name: ("HARD " * (task is HARD) + flags).strip() for name, task, flags, *_ in SWEEP}
+        task_of = {BASE: "", PLANE: "PLANE ", HARD: "HARD "}
+        changed = {name: (task_of[task] + flags).strip() for name, task, flags, *_ in SWEEP}
         for record in records():
             left, to_90 = milestones(record)
             row = [record["name"], record["seed"], left, to_90, record["accuracy"], record["steps"][-1]]
@@ -204,16 +212,36 @@ def write_table() -> None:
 
 
 def print_summary() -> None:
-    """Per setting: steps to leave of every seed, their median where it is known, accuracies."""
+    """A Markdown row per setting, with every seed: steps to leave, steps to 90 %, accuracy."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for record in records():
         by_name.setdefault(record["name"], []).append(record)
     for name, group in by_name.items():
-        left = [milestones(record)[0] for record in group]
-        median = statistics.median([math.inf if step is None else step for step in left])
-        accuracies = " / ".join(f"{100 * record['accuracy']:.1f}" for record in group)
-        steps = " / ".join("-" if step is None else f"{step:,}" for step in left)
-        print(f"{name:26} left {steps:24} median {median:7,.0f}   accuracy {accuracies}")
+        left, to_90 = zip(*(milestones(record) for record in group), strict=True)
+        cells = [
+            " / ".join("-" if step is None else f"{step:,}" for step in steps) for steps in (left, to_90)
+        ]
+        cells.append(" / ".join(f"{100 * record['accuracy']:.1f}" for record in group))
+        print("|", " | ".join([f"`{name}`", *cells]), "|")
+
+
+def draw() -> None:
+    """sweep.png: a row per setting, a dot per seed where it left the plateau, a cross where it never did."""
+    plt = plot_runs.import_pyplot()
+    names = list(dict.fromkeys(record["name"] for record in records()))
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.25 * len(names)), layout="constrained")
+    for record in records():
+        left, row = milestones(record)[0], names.index(record["name"])
+        shift = 0.2 * (record["seed"] - 2)  # equal steps of two seeds stay visible
+        if left is None:
+            axis.plot(record["steps"][-1], row + shift, "x", color="C3")
+        else:
+            axis.plot(left, row + shift, "o", color="C0", markersize=4)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.grid(True, linewidth=0.3)
+    axis.set_xlabel("steps to leave the plateau (cross: not left within so many steps)")
+    plot_runs.save(figure, plt, PICTURE)
 
 
 def main() -> None:
@@ -247,6 +275,10 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)
     write_table()
     print_summary()
+    try:
+        draw()
+    except runs.UserError as error:
+        print(f"no {PICTURE.name}: {error}")
 
 
 if __name__ == "__main__":
