@@ -41,6 +41,7 @@ COMMON = "--batch_size 12 --bptt 11 --eval-batch-size 5 --log-interval 3 --clip 
 FULL: list[str] = []
 # Words from 17 on are in the first columns alone, and none is in the last cluster.
 ADAPTIVE = ["--adaptivesoftmax", "--cutoffs", "8", "17", "27"]
+SCHEDULE = ["--schedule", "cosine", "--warmup", "3"]
 CASES = {
     f"{kind} {name}": (kind, flags)
     for kind in SCRIPTS
@@ -48,8 +49,7 @@ CASES = {
         "full": FULL,
         "adaptive": ADAPTIVE,
         "accumulate": ["--accumulate", "2"],
-        "penalties": ["--ar", "2", "--tar", "1"],
-        "adaptive accumulate": [*ADAPTIVE, "--accumulate", "2", "--schedule", "cosine", "--warmup", "3"],
+        "adaptive accumulate": [*ADAPTIVE, "--accumulate", "2", *SCHEDULE, "--ar", "2", "--tar", "1"],
     }.items()
 }
 NTH = "--num-vectors 3 --num-dims 2 --memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 24 "
