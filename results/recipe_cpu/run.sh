@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Short CPU runs of the recipe's parts, one after the other: WikiText-2 with small models, without and with the
+# parts; the bundled corpus with one part at a time. Runs that are finished are left alone, so that it may be
+# stopped and called again.
+#
+#   OUT     folder of the runs        (runs/recipe_cpu)
+#   PYTHON  the interpreter           (python)
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+OUT=${OUT:-runs/recipe_cpu}
+PYTHON=${PYTHON:-python}
+
+# train SCRIPT NAME FLAGS...
+train() {
+    local folder=$OUT/$2
+    if grep -qs '"event": "test"' "$folder/log.jsonl"; then return; fi
+    if [[ -e $folder/args.json ]]; then
+        "$PYTHON" "$1.py" --resume "$folder"
+    else
+        "$PYTHON" "$1.py" "${@:3}" --runs-folder "$OUT" --name "$2"
+    fi
+}
+
+small=(--data wikitext-2 --adaptivesoftmax --cutoffs 1000 5000 20000 --batch_size 32 --bptt 35
+    --dropout 0.1 --lr 0.002 --clip 0.25 --epochs 2 --threads 1)
+rmc=(--emsize 48 --headsize 24 --numheads 4 --keysize 16 --attmlplayers 2)
+lstm=(--emsize 48 --nhid 128 --project --cudnn)
+weak=(--locked-dropout --dropout-words 0.05 --dropout-weights 0.1 --ar 1 --tar 0.5)
+recipe=("${weak[@]}" --weight-decay 0.01 --average ema --average-decay 0.995 --schedule cosine --warmup 100)
+train train_rmc wikitext2-rmc-plain "${small[@]}" "${rmc[@]}"
+train train_rmc wikitext2-rmc-recipe "${small[@]}" "${rmc[@]}" "${recipe[@]}"
+train train_rnn wikitext2-lstm-plain "${small[@]}" "${lstm[@]}"
+train train_rnn wikitext2-lstm-recipe "${small[@]}" "${lstm[@]}" "${recipe[@]}"
+
+for kind in rnn rmc; do
+    tiny=(--recipe tiny --epochs 3)
+    train "train_$kind" "tiny-$kind-none" "${tiny[@]}"
+    train "train_$kind" "tiny-$kind-locked" "${tiny[@]}" --locked-dropout
+    train "train_$kind" "tiny-$kind-words" "${tiny[@]}" --dropout-words 0.05
+    train "train_$kind" "tiny-$kind-weights" "${tiny[@]}" --dropout-weights 0.1
+    if [[ $kind = rmc ]]; then
+        train train_rmc tiny-rmc-candidate "${tiny[@]}" --dropout-candidate 0.1
+    fi
+    train "train_$kind" "tiny-$kind-ar-tar" "${tiny[@]}" --ar 1 --tar 0.5
+    train "train_$kind" "tiny-$kind-decay" "${tiny[@]}" --weight-decay 0.1
+    train "train_$kind" "tiny-$kind-windows" "${tiny[@]}" --random-bptt
+    train "train_$kind" "tiny-$kind-ema" "${tiny[@]}" --average ema --average-decay 0.99
+    train "train_$kind" "tiny-$kind-all" "${tiny[@]}" "${weak[@]}" --weight-decay 0.1 --random-bptt \
+        --average ema --average-decay 0.99
+done
