@@ -617,7 +617,8 @@ def try_save_checkpoint(path: str | Path, contents: dict[str, Any]) -> bool:
         if is_out_of_memory(error):
             raise
         kept = "the one written before is kept" if Path(path).exists() else "there is none before it"
-        warn(f"could not write {path} ({str(error).splitlines()[0]}); {kept}, training goes on")
+        full = ", as when the disk is full" if isinstance(error, RuntimeError) else ""
+        warn(f"could not write {path} ({first_line(error)}{full}); {kept}, training goes on")
         return False
     return True
 
