@@ -125,6 +125,7 @@ def load_model(
         )
     try:
         words, config, weights = checkpoint["words"], checkpoint["config"], checkpoint["model"]
+        runs.check_layer_counts(config, weights)
         if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise TypeError("words must be a list of strings")
         vocabulary = Vocabulary(words)
@@ -132,7 +133,6 @@ def load_model(
             raise ValueError(
                 f"the model is for {config['vocab_size']} words, the vocabulary has {len(words)}"
             )
-        runs.check_layer_counts(config, weights)
         # Built without memory first: a config that asks for more than the file holds gets none.
         with torch.device("meta"):
             expected = {

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -638,7 +639,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise UserError(f"no checkpoint {path}: it is {'a folder' if path.is_dir() else 'not there'}.")
     try:
         _check_archive(path)
-        contents = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd things in the file; what matters is an error
+            contents = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
     except Exception as error:  # pickle, zip and torch raise almost anything on foreign bytes
@@ -708,10 +711,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def check_layer_counts(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    """ValueError for a checkpoint's config with more layers than there are weights.
+    """ValueError for a checkpoint's config with more layers than there are weights, TypeError for no config.
 
     They are built one by one, and a number made up could take for ever.
     """
+    if not (isinstance(config, dict) and isinstance(weights, dict)):
+        raise TypeError("config and weights must be dictionaries")
     for name, value in config.items():
         if isinstance(value, int) and ("layers" in name or "blocks" in name) and value > len(weights):
             raise ValueError(f"{name} is {value}, with {len(weights)} weights in all")
