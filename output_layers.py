@@ -95,7 +95,7 @@ class AdaptiveSoftmax(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
         # 0 for a word of the head (and for padding), i + 1 for one of cluster i.
-        part = torch.bucketize(targets, self.starts, right=True)
+        part = torch.bucketize(targets.contiguous(), self.starts, right=True)
         # How many rows each cluster gets is in the data: the one moment at which the host waits for a GPU.
         counts = (part.unsqueeze(1) == torch.arange(len(self.bounds) + 1, device=part.device)).sum(0).tolist()
         _, *rows_of = part.argsort(stable=True).split(counts)
