@@ -134,7 +134,6 @@ class Variant:
     graph: bool = True  # capture as a CUDA graph; no effect on a CPU
     tf32: bool = True  # no effect on a CPU
     bf16: bool = False
-    keep_memory: bool = True  # the C library keeps freed memory; no effect on a GPU
 
 
 NAIVE = Variant(
@@ -184,9 +183,7 @@ def option_variants(task: Task, device: torch.device) -> list[Variant]:
     ]
     if task.kind == "lm":
         variants.append(replace(FAST, chunked=False, label="chunked cross-entropy off"))
-    if device.type == "cpu":
-        variants.append(replace(FAST, keep_memory=False, label="freed memory handed back to the system"))
-    else:
+    if device.type == "cuda":
         variants += [
             replace(FAST, graph=False, label="CUDA graph off"),
             replace(FAST, tf32=False, label="TF32 off"),
@@ -200,7 +197,6 @@ def option_variants(task: Task, device: torch.device) -> list[Variant]:
 @contextmanager
 def settings(variant: Variant, device: torch.device) -> Iterator[None]:
     """The switches of a variant that belong to whole modules, set for the duration of a call."""
-    runs.keep_freed_memory(variant.keep_memory)
     changes = []
     if variant.deferred is not None:
         changes.append((relational_rnn_general, "DEFERRED_ROWS", sys.maxsize if variant.deferred else 0))
@@ -936,6 +932,8 @@ def report_peak(request: str) -> None:
     wanted = json.loads(request)
     torch.set_num_threads(wanted["threads"])
     device = torch.device(wanted["device"])
+    if device.type == "cpu":
+        runs.keep_freed_memory()
     task, variant = Task(**wanted["task"]), Variant(**wanted["variant"])
     # A step of a minuscule model has the libraries load what they need; that is not the model's.
     tiny = {"batch": 2, "steps": 2, "vocab_size": 50, "head_size": 4, "key_size": 4, "lstm_size": 4}
@@ -1018,6 +1016,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="CPU threads that torch may use; 0 = its own choice",
     )
+    parser.add_argument(
+        "--give-back-memory",
+        action="store_true",
+        help="leave freed memory to the C library, as the training scripts do not (runs.keep_freed_memory)",
+    )
     parser.add_argument("--peak-of", default=None, help=argparse.SUPPRESS)
     return parser
 
@@ -1050,6 +1053,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ),
         )
     device = runs.choose_device(args.cuda, args.threads)
+    if device.type == "cpu" and not args.give_back_memory:
+        runs.keep_freed_memory()
     report = Report(
         device,
         args.rounds or plan.rounds,

@@ -806,29 +806,21 @@ def choose_device(
 
 
 # Parameters of glibc's mallopt, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def keep_freed_memory(keep: bool = True) -> bool:
+def keep_freed_memory() -> bool:
     """Has the C library keep freed memory for the next allocation; False if it cannot be told (not glibc).
 
     A training step on a CPU takes and frees hundreds of megabytes in large pieces. glibc returns pieces of
     more than 32 MB to the system at once and others when enough of them are free, and the system then clears
-    every page anew: an Nth-farthest step of the paper's size took twice as long for it. The process stays as
-    large as it once was, and no larger.
-
-    Args:
-        keep: False puts back what glibc's own rule comes to after some large allocations.
+    every page anew. `benchmark.py --give-back-memory` times what that costs. The process stays as large as it
+    once was.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = (
-        ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
-        if keep
-        else ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20))
-    )
-    return all(mallopt(parameter, value) for parameter, value in settings)
+    return all(mallopt(parameter, value) for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
 
 
 def scheduled_lr(lr: float, step: int, steps: int, warmup: int = 0, cosine: bool = False) -> float:
