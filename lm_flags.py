@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -284,8 +285,22 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None, re
     if name is None:
         return
     parser.set_defaults(**recipes[name])
-    flags = (f"{runs.flag_of(parser, flag)} {value}" for flag, value in recipes[name].items())
-    print(f"recipe {name}: {' '.join(flags)}")
+    print(f"recipe {name}: {shlex.join(as_typed(parser, recipes[name]))}")
+
+
+def as_typed(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that gives these values, by their names in the namespace."""
+    words = []
+    for name, value in values.items():
+        flag = runs.flag_of(parser, name)
+        if value is True:
+            words.append(flag)
+        elif value is False:  # said where there is a word for it, else by leaving the flag away
+            no = f"--no-{flag.removeprefix('--')}"
+            words += [no] if no in parser._option_string_actions else []
+        else:
+            words += [flag, str(value)]
+    return words
 
 
 def dropouts(args: argparse.Namespace) -> dict[str, Any]:

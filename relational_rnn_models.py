@@ -104,7 +104,8 @@ class RelationalMemoryLM(LanguageModel):
         if self.training and self.dropout_weights:
             dropped = drop_weights(self.recurrent_weights(), self.dropout_weights)
         if self.training and self.dropout_candidate:
-            mask = dropout_mask(state, state.shape, self.dropout_candidate)
+            # The core takes factors of the memory's dtype: float32 with --bf16 too.
+            mask = dropout_mask(state, state.shape, self.dropout_candidate).to(state.dtype)
         outputs, memory = functional_call(
             self.core, dropped, (embedded.transpose(0, 1), state), {"candidate_mask": mask}
         )

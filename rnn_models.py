@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from language_model import LanguageModel, check_probability, check_size
 from regularisation import drop_weights, dropout
 
+# With weight drop, cuDNN copies the weights into one piece of memory at every call, and says so each time.
+# Here and not around the call: warnings.catch_warnings is not safe in the threads of DataParallel.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+
 LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
 
@@ -131,13 +135,10 @@ class RNNLM(LanguageModel):
                 outputs = dropout(outputs, self.rnn.dropout, self.training, self.locked_dropout)
             given = tuple(part[layers.start : layers.stop] for part in states)
             flat = [weight for layer in layers for weight in weights[layer]]
-            with warnings.catch_warnings():
-                # cuDNN wants all weights in one piece of memory and copies them there, at every call.
-                warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
-                outputs, *part = function(
-                    outputs, given if lstm else given[0], flat, True, len(layers), self.rnn.dropout,
-                    self.training, False, False,
-                )
+            outputs, *part = function(
+                outputs, given if lstm else given[0], flat, True, len(layers), self.rnn.dropout,
+                self.training, False, False,
+            )
             after.append(part)
         return outputs, torch.cat([torch.cat(parts) for parts in zip(*after, strict=True)]).transpose(0, 1)
 

@@ -1,5 +1,6 @@
 """Regularisation: one mask per window, expectations kept, evaluation untouched, every path the same."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_a_mask_drops_with_its_probability_and_keeps_the_expectation():
     # 60,000 draws: the share dropped has deviation 0.0019, the mean 0.0027.
     assert (mask == 0).double().mean().item() == pytest.approx(0.3, abs=0.008)
     assert mask.mean().item() == pytest.approx(1, abs=0.011)
+
+
+def test_in_bfloat16_the_expectation_is_kept_and_the_type_too():
+    """1 / 0.6 is 1.6640625 in bfloat16, a mean of 0.9984."""
+    torch.manual_seed(1)
+    x = torch.full((T, B, 4000), 3.0, dtype=torch.bfloat16)
+    assert regularisation.dropout_mask(x, (1000,), 0.4).unique().tolist() == pytest.approx([0, 1 / 0.6])
+    weight = x.flatten(0, 1)
+    for dropped in (
+        regularisation.dropout(x, 0.4, True, locked=True),
+        regularisation.drop_words(x, torch.randint(V, (T, B)), V, 0.4, True),
+        regularisation.drop_weights({"w": weight}, 0.4)["w"],
+    ):
+        assert dropped.dtype == torch.bfloat16
+        # 3 / 0.6 is 5 in bfloat16 too; 3 * 1.6640625 is not.
+        assert dropped.unique().tolist() == [0, 5]
 
 
 def test_locked_dropout_is_the_same_at_all_steps_and_another_per_sequence_and_window():
@@ -341,6 +358,14 @@ def test_a_tied_matrix_is_averaged_once_and_stays_tied():
     assert average.model.embedding.weight is not model.embedding.weight and not average.model.training
 
 
+def test_the_copy_of_a_fused_layer_is_put_in_one_piece_of_memory_again(monkeypatch):
+    """Without an effect on a CPU: cuDNN would copy the weights at every call."""
+    model, flattened = build("lstm"), []
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda layer: flattened.append(layer))
+    average = regularisation.WeightAverage(model, 0.5)
+    assert flattened == [average.model.rnn]
+
+
 def test_the_plain_mean_starts_when_validation_stalls():
     """Merity et al. 2018, algorithm 1: the loss is above the best of all but the last n."""
     model = nn.Linear(3, 2)
@@ -461,7 +486,7 @@ def test_a_step_on_a_random_window_has_its_share_of_the_learning_rate(tmp_path):
 
 
 @pytest.mark.parametrize("script", [train_rmc, train_rnn], ids=lambda script: script.SCRIPT)
-def test_the_wikitext2_recipe_is_within_eleven_million_parameters_and_reaches_the_model(script, capsys):
+def test_the_wikitext2_recipe_is_within_eleven_million_parameters_and_reaches_the_model(script):
     parser = script.build_parser()
     lm_flags.apply_recipe(parser, ["--recipe", "wikitext2"], script.RECIPES)
     args = parser.parse_args(["--recipe", "wikitext2", "--no-locked-dropout"])
@@ -472,4 +497,15 @@ def test_the_wikitext2_recipe_is_within_eleven_million_parameters_and_reaches_th
     assert f"{count:,} parameters" in Path(script.__file__).read_text(encoding="utf-8")
     assert not model.locked_dropout and model.output_layer.weight is model.embedding.weight
     assert (model.dropout_input, model.dropout_words, model.dropout_weights) == (0.4, 0.1, 0.4)
-    assert "--locked-dropout True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny", "wikitext2"])
+@pytest.mark.parametrize("script", [train_rmc, train_rnn], ids=lambda script: script.SCRIPT)
+def test_the_flags_that_a_recipe_prints_mean_the_same_when_they_are_typed(script, name, capsys):
+    parser = script.build_parser()
+    lm_flags.apply_recipe(parser, ["--recipe", name], script.RECIPES)
+    by_recipe = parser.parse_args([])
+    printed = capsys.readouterr().out.removeprefix(f"recipe {name}: ")
+    assert script.build_parser().parse_args(shlex.split(printed)) == by_recipe
+    words = lm_flags.as_typed(parser, {"locked_dropout": False, "adaptivesoftmax": False, "data": "a b"})
+    assert words == ["--no-locked-dropout", "--data", "a b"]
