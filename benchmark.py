@@ -652,15 +652,15 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     markdown: list[str] = field(default_factory=list)
     environment: dict[str, object] = field(default_factory=dict)
+    match: Sequence[str] = ()  # parts of labels; other variants are left out
 
     def time(self, section: str, task: Task, variants: Sequence[Variant], phase: str = "train") -> list[Row]:
         """Times the variants of one task against each other; one row for each."""
-        rows = {
-            variant.label: new_row(section, task, variant, phase) for variant in distinct(variants, phase)
-        }
+        variants = [v for v in distinct(variants, phase) if self.wants(v)]
+        rows = {variant.label: new_row(section, task, variant, phase) for variant in variants}
         runners: dict[str, ModelRunner | Floor] = {}
         repeats: dict[str, int] = {}
-        for variant in distinct(variants, phase):
+        for variant in variants:
             say(f"{section}: {task}, {phase}: {variant.label}")
             try:
                 runner = make_runner(task, variant, self.device)
@@ -676,6 +676,10 @@ class Report:
             self._fill(rows[label], runner, samples)
         self.rows += rows.values()
         return list(rows.values())
+
+    def wants(self, variant: Variant) -> bool:
+        """Whether the variant is to be measured."""
+        return not self.match or any(part in variant.label for part in self.match)
 
     def _fill(self, row: Row, runner: ModelRunner | Floor, samples: dict[str, list[float]]) -> None:
         own = samples[row.variant]
@@ -698,6 +702,8 @@ class Report:
 
     def show(self, title: str, columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> None:
         """Prints a table, keeps it for the Markdown file, and writes both files as far as they go."""
+        if not rows:
+            return
         shown = {name: [cell(row) for row in rows] for name, cell in columns.items()}
         shown = {name: cells for name, cells in shown.items() if any(cells)}
         lines = list(zip(*shown.values(), strict=True))
@@ -878,7 +884,7 @@ def memory_table(report: Report, plan: Plan) -> None:
     rows = []
     for task in plan.memory:
         variants = [NAIVE, PLAIN, FAST, LSTM] if task.kind == "lm" else [PLAIN, FAST, LSTM]
-        for variant in variants:
+        for variant in filter(report.wants, variants):
             say(f"memory: {task}: {variant.label}")
             row = new_row("memory", task, variant, "train")
             row.peak_mb, row.peak_above_start_mb, row.note = peak_memory(task, variant, report.device)
@@ -980,6 +986,13 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"which sections to run, of {', '.join(SECTIONS)}",
     )
     parser.add_argument(
+        "--match",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="only variants whose label contains one of these, such as naive: fast floor",
+    )
+    parser.add_argument(
         "--rounds",
         type=runs.positive_int,
         default=None,
@@ -1062,10 +1075,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.csv,
         args.markdown,
         environment=describe(device),
+        match=args.match,
     )
     print(*report.header(), sep="\n")
     report.write()  # an unwritable file is found out here
     run_tables(report, plan, args.only)
+    if not report.rows:
+        raise UserError(
+            f"nothing was measured: no variant's label contains {' or '.join(map(repr, args.match))}. Labels "
+            f"are, for instance, {', '.join(repr(variant.label) for variant in LM_VARIANTS)}."
+        )
 
 
 if __name__ == "__main__":

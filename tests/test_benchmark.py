@@ -89,6 +89,16 @@ def test_shapes_replace_those_of_the_language_model(minuscule, tmp_path):
         (*shape, softmax) for shape in (("2", "3"), ("5", "1")) for softmax in ("full", "adaptive")}
 
 
+def test_only_the_variants_that_match_are_measured(minuscule, tmp_path):
+    path = tmp_path / "numbers.csv"
+    flags = ["--quick", "--only", "lm", "--rounds", "1", "--csv", str(path), "--match"]
+    benchmark.main([*flags, "naive:", "floor"])
+    labels = {row["variant"] for row in rows_of(path)}
+    assert labels == {benchmark.NAIVE.label, benchmark.FLOOR.label}
+    with pytest.raises(UserError, match="no variant's label contains 'nonesuch'"):
+        benchmark.main([*flags, "nonesuch"])
+
+
 def test_variants_take_turns_in_rotating_order_and_stop_at_the_time_limit():
     called = []
     calls = {label: lambda label=label: called.append(label) for label in "abc"}
