@@ -1,8 +1,9 @@
 """Compare language-model runs: a table in Markdown from their folders, and their perplexity curves as PNG.
 
 Runs that differ in nothing but the seed (and in where they ran and how much they told) are one row, with the
-mean of their perplexities and, from two runs on, the standard deviation over seeds (of a sample, n - 1). The
-table goes to standard output.
+mean of their perplexities and, from two runs on, the standard deviation over seeds (of a sample, n - 1). Each
+seed counts once: of several runs with one seed the first that has been tested stands for it, the others are
+named in the column of the seeds and left out of every number. The table goes to standard output.
 
 Example: python compare_runs.py results/tiny/rmc results/tiny/lstm --outf curves.png
 """
@@ -42,6 +43,28 @@ class Result:
     best_epoch: int | None
     minutes: float
 
+    @property
+    def processes(self) -> int:
+        """How many processes trained it; 1 in records from before there could be more."""
+        return self.record.get("processes", 1)
+
+    @property
+    def gpus(self) -> list[str]:
+        """The names of the GPUs that it saw; none of a run on the CPU."""
+        return self.record.get("environment", {}).get("gpus") or [] if self.run.arguments.get("cuda") else []
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the model share a batch: one per process, or one per GPU of a single process."""
+        return self.processes if self.processes > 1 else max(1, len(self.gpus))
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any probability of dropping something is above 0."""
+        given = {k: v for k, v in self.run.arguments.items() if k.startswith("dropout_")}
+        places = {k: self.run.arguments.get("dropout") if v is None else v for k, v in given.items()}
+        return any(places.values()) if places else bool(self.run.arguments.get("dropout"))
+
 
 def read_result(folder: Path) -> Result:
     """Reads a run folder.
@@ -70,12 +93,32 @@ def read_result(folder: Path) -> Result:
 
 
 def group(results: Sequence[Result]) -> list[list[Result]]:
-    """Runs with identical arguments but the seed, in the order in which the first of each was given."""
+    """Runs with identical arguments but the seed, in the order in which the first of each was given.
+
+    Runs of one seed come in one group, though they are not several: see `one_per_seed`.
+    """
     groups: dict[str, list[Result]] = {}
     for result in results:
         compared = {k: v for k, v in result.run.arguments.items() if k not in NOT_COMPARED}
+        if result.has_dropout:  # each replica and each piece of a batch draws masks of its own
+            compared["accumulate"] = result.run.arguments.get("accumulate", 1)
+            compared["replicas"] = result.replicas
         groups.setdefault(json.dumps([result.run.script, compared], sort_keys=True), []).append(result)
     return list(groups.values())
+
+
+def one_per_seed(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
+    """A group's runs of different seeds, and those whose seed another run stands for.
+
+    Of several runs with one seed the first with a test perplexity stands for it, else the first.
+    """
+    by_seed: dict[Any, Result] = {}
+    for result in results:
+        seed = result.run.arguments.get("seed")
+        if seed not in by_seed or (by_seed[seed].test is None and result.test is not None):
+            by_seed[seed] = result
+    chosen = list(by_seed.values())
+    return chosen, [result for result in results if not any(result is other for other in chosen)]
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> str:
@@ -88,11 +131,22 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
 
 def row(results: Sequence[Result]) -> list[str]:
     """One group as the cells of HEADER."""
+    results, repeated = one_per_seed(results)
     first = results[0]
     arguments, environment = first.run.arguments, first.record.get("environment", {})
     model = "RMC" if first.run.script == "train_rmc" else str(arguments.get("model", "RNN"))
-    on_gpu = arguments.get("cuda") and environment.get("gpus")
-    hardware = environment["gpus"][0] if on_gpu else f"CPU, {environment.get('threads', '?')} thread(s)"
+    hardware = first.gpus[0] if first.gpus else f"CPU, {environment.get('threads', '?')} thread(s)"
+    if first.processes > 1:
+        hardware += f", {first.processes} processes"
+    elif first.replicas > 1:
+        hardware = f"{first.replicas} x {hardware}"
+    seeds = " ".join(str(result.run.arguments.get("seed", "?")) for result in results)
+    if repeated:
+        again = [
+            f"{run.label} (seed {run.arguments.get('seed', '?')} again)"
+            for run in (result.run for result in repeated)
+        ]
+        seeds += f"; left out: {', '.join(again)}"
     epochs = sorted({result.epochs for result in results})
     best = sorted({result.best_epoch for result in results if result.best_epoch is not None})
     parameters = first.record.get("parameters")
@@ -104,7 +158,7 @@ def row(results: Sequence[Result]) -> list[str]:
         mean_and_deviation([result.test for result in results]),
         f"{span(epochs)} (best {span(best)})" if best else span(epochs),
         f"{statistics.fmean(result.minutes for result in results):.1f}",
-        " ".join(str(result.run.arguments.get("seed", "?")) for result in results),
+        seeds,
         f"{hardware}, torch {environment.get('torch', '?')}",
         f"`{command(first)}`",
     ]
@@ -123,7 +177,8 @@ def command(result: Result) -> str:
             next(words, None)
         elif not word.startswith(tuple(f"{flag}=" for flag in LEFT_OUT)):
             kept.append(word)
-    return shlex.join(["python", f"{result.run.script}.py", *kept]).replace("|", "\\|")
+    words = shlex.join([f"{result.run.script}.py", *kept])
+    return f"{result.record.get('launcher', 'python')} {words}".replace("|", "\\|")
 
 
 def markdown(results: Sequence[Result]) -> str:

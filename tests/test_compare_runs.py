@@ -19,7 +19,7 @@ def cells(text):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-def make_run(folder, seed=1, test=19.0, script="train_rmc", average=None, **arguments):
+def make_run(folder, seed=1, test=19.0, script="train_rmc", average=None, record=(), gpus=(), **arguments):
     valid = (30.0, 20.0, 25.0)
     folder.mkdir(parents=True)
     arguments = {"lr": 0.1, "seed": seed, "name": folder.name, "threads": seed, "cuda": False, **arguments}
@@ -28,7 +28,8 @@ def make_run(folder, seed=1, test=19.0, script="train_rmc", average=None, **argu
         "arguments": arguments,
         "parameters": 12345,
         "command_line": ["--lr", "0.1", "--seed", str(seed), "--name", folder.name, "--dropout-words=0.1"],
-        "environment": {"torch": "2.13.0", "threads": 1, "gpus": []},
+        "environment": {"torch": "2.13.0", "threads": 1, "gpus": list(gpus)},
+        **dict(record),
     }
     (folder / "args.json").write_text(json.dumps(record))
     events = [{"event": "valid", "epoch": i + 1, "step": i, "ppl": ppl, "seconds": 60.0 * (i + 1)}
@@ -73,6 +74,49 @@ def test_seeds_of_the_same_arguments_are_one_row_with_mean_and_deviation(tmp_pat
     assert rows[1]["valid"] == "18.50" and rows[1]["epochs"] == "3 (best 3)"  # the average's
     assert rows[2]["test"] == "-" and rows[2]["valid"] == "20.00"
     assert rows[3]["model"] == "LSTM"
+
+
+def test_a_seed_counts_once_however_often_it_was_run(tmp_path, capsys):
+    """The first tested run stands for its seed; the others are named and in no number."""
+    given = [("a", 1, None), ("b", 2, 20.0), ("c", 3, 24.0), ("d", 1, 19.0), ("e", 1, 99.0), ("f", 2, 99.0)]
+    folders = [make_run(tmp_path / name, seed, test) for name, seed, test in given]
+    compare_runs.main([str(folder) for folder in folders])
+    (row,) = cells(capsys.readouterr().out)
+    assert row["test"] == f"21.00 ± {statistics.stdev([19, 20, 24]):.2f}"
+    assert row["run"] == "d, b, c"
+    assert row["seeds"] == "1 2 3; left out: a (seed 1 again), e (seed 1 again), f (seed 2 again)"
+    compare_runs.main([str(folder) for folder in folders[3:5]])
+    (row,) = cells(capsys.readouterr().out)
+    assert row["test"] == "19.00" and row["seeds"] == "1; left out: e (seed 1 again)"
+
+
+@pytest.mark.parametrize("dropouts, apart", [
+    ({"dropout": 0.5, "dropout_input": None, "dropout_words": 0.0}, True),
+    ({"dropout": 0.5}, True),
+    ({"dropout": 0.0, "dropout_input": None, "dropout_words": 0.1}, True),
+    ({"dropout": 0.5, "dropout_input": 0.0, "dropout_words": 0.0}, False),
+    ({"dropout": 0.0, "dropout_input": None, "dropout_words": 0.0}, False),
+])
+def test_what_draws_other_masks_is_another_row(tmp_path, capsys, dropouts, apart):
+    gpu = {"cuda": True, **dropouts}
+    one, two = ({"processes": n, "launcher": launcher}
+                for n, launcher in ((1, "python"), (2, "torchrun --nproc-per-node=2")))
+    folders = [
+        make_run(tmp_path / "one", 1, **dropouts),
+        make_run(tmp_path / "two", 2, record=two, **dropouts),
+        make_run(tmp_path / "pieces", 3, accumulate=2, **dropouts),
+        make_run(tmp_path / "replicas", 4, gpus=["H100"] * 3, **gpu),
+        make_run(tmp_path / "same", 5, accumulate=1, record=one, **dropouts),
+    ]
+    compare_runs.main([str(folder) for folder in folders])
+    rows = cells(capsys.readouterr().out)
+    if not apart:
+        assert [row["run"] for row in rows] == ["one, two, pieces, replicas, same"]
+        return
+    assert [row["run"] for row in rows] == ["one, same", "two", "pieces", "replicas"]
+    assert rows[1]["command"] == "`torchrun --nproc-per-node=2 train_rmc.py --lr 0.1 --dropout-words=0.1`"
+    assert rows[1]["hardware"] == "CPU, 1 thread(s), 2 processes, torch 2.13.0"
+    assert rows[3]["hardware"] == "3 x H100, torch 2.13.0"
 
 
 def test_folders_that_cannot_be_compared_are_refused(tmp_path):
