@@ -203,13 +203,18 @@ def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
         rows = slice(start, start + CHUNK_ROWS)
         chunk, label, counts = hidden[rows], labels[rows], counted[rows]
         scores = _scores(chunk, weight, bias, out=buffer[: chunk.size(0)])
-        # In place where the kernel is known to read a row before it writes it.
-        scores = torch.log_softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
-        nats -= (scores.gather(1, label) * counts).sum()
+        if with_gradients and scores.device.type == "cpu":
+            logs, probabilities = _softmax_at_once(scores, label, chunk, weight, bias)
+        else:
+            # In place where the kernel is known to read a row before it writes it.
+            scores = torch.log_softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
+            logs = scores.gather(1, label)
+            probabilities = scores.exp_() if with_gradients else None
+        nats -= (logs * counts).sum()
         if with_gradients:
             # d nats / d scores = softmax(scores) - onehot(label) in rows that count. The others are masked
             # on the side of the hidden vectors, which is so much smaller.
-            errors = scores.exp_().scatter_add_(1, label, scores.new_full((), -1.0).expand_as(label))
+            errors = probabilities.scatter_add_(1, label, scores.new_full((), -1.0).expand_as(label))
             errors = errors.to(weight.dtype)
             counts = counts.to(weight.dtype)
             torch.mm(errors, weight, out=grad_hidden[rows]).mul_(counts)
@@ -220,6 +225,27 @@ def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
             if bias is not None:
                 grad_bias += errors.t() @ counts.squeeze(1)
     return nats, ((grad_hidden, grad_weight.to(weight.dtype), grad_bias) if with_gradients else None)
+
+
+# Below it a probability is too near to the smallest number of its type for a logarithm.
+_FADED = 1e-30
+
+
+def _softmax_at_once(scores, label, chunk, weight, bias):
+    """The labels' log-probabilities (n, 1), and all probabilities in the place of the scores, (n, V).
+
+    The exponentials, which on a CPU take longer than anything else but the products, are made once and not
+    twice: the logarithm is taken of the labels' probabilities alone. Where one has faded, its row's scores
+    are made anew; to look for such rows would make a GPU wait.
+    """
+    probabilities = torch.softmax(scores, dim=1, out=scores)
+    picked = probabilities.gather(1, label)
+    logs = picked.log()
+    if (faded := picked.squeeze(1) < _FADED).any():
+        fresh = scores.new_empty(int(faded.sum()), scores.size(1))
+        fresh = _scores(chunk[faded], weight, bias, out=fresh).log_softmax(dim=1)
+        logs[faded] = fresh.gather(1, label[faded])
+    return logs, probabilities
 
 
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
