@@ -1,7 +1,9 @@
 """The plan of the WikiText-2 runs: its commands fit the scripts; it stops, goes on, notes failures."""
 
 import importlib.util
+import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import lm_flags
+import runs
 import train_rmc
 import train_rnn
 
@@ -34,6 +37,9 @@ else:
     folder = Path(value("--runs-folder")) / value("--name")
     folder.mkdir()
     (folder / "args.json").write_text(json.dumps(words))
+if (folder / "busy").exists():
+    print(f"error: {folder} is in training by another process (process 1 on x). Wait for its end.")
+    sys.exit(2)
 if value("--dropout-weights") == "0":
     print("error: no good")
     sys.exit(2)
@@ -60,7 +66,9 @@ def plan(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(FAKE)
     (tmp_path / "compare_runs.py").write_text("import sys; print(len(sys.argv) - 1, 'runs')")
     monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module.signal, "signal", lambda *_: None)  # the test run's own stay
+    # The test run's own handlers stay.
+    module.handlers = {}
+    monkeypatch.setattr(module.signal, "signal", module.handlers.__setitem__)
     return module
 
 
@@ -121,3 +129,65 @@ def test_a_plan_that_is_stopped_goes_on_where_it_stood(plan, tmp_path, capsys):
     # What was done before was not done again: a run writes its two lines once, at its end.
     assert all(len(path.read_text().splitlines()) == 2 for path in out.glob("*/log.jsonl"))
     shutil.rmtree(out)
+
+
+def test_an_ablation_that_changes_nothing_is_left_out(plan):
+    shared = "--recipe wikitext2 --dropout-words 0.0 --dropout-weights 0.2 --ar 0.0 --weight-decay 0.1"
+    flags = {"rmc": (*shared.split(), "--dropout-candidate", "0.0"),
+             "lstm": (*shared.split(), "--dropout-hidden", "0.1")}
+    names = {job.name for job in plan.ablation(flags)}
+    every = {f"ablation-{model}-{part}"
+             for model in flags for part in {**plan.PARTS, **plan.OWN_PARTS[model]}}
+    assert every - names == {"ablation-rmc-no-words", "ablation-rmc-no-ar", "ablation-rmc-no-candidate",
+                             "ablation-lstm-no-words", "ablation-lstm-no-ar"}
+    # By the recipe's own values nothing is 0 but what it does not set.
+    assert len(plan.ablation({model: ("--recipe", "wikitext2") for model in flags})) == len(every)
+
+
+def test_a_run_in_other_hands_is_left_alone_and_no_failure(plan, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--out", str(out), "--parallel", "9", "--epochs", "1", "--stages", "original"]
+    folder = out / "original-lstm-seed2"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps([]))
+    (folder / "busy").touch()
+    assert plan.main(argv) == 0
+    output = capsys.readouterr().out
+    assert "busy     original-lstm-seed2" in output and "no failures" in output and "call again" in output
+    assert len(list(out.glob("*/log.jsonl"))) == 8 and not (folder / "log.jsonl").exists()
+    (folder / "busy").unlink()
+    assert plan.main(argv) == 0
+    output = capsys.readouterr().out
+    assert "all is finished" in output and output.count("training") == 1
+
+
+def test_one_plan_at_a_time_works_on_a_folder(plan, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    argv = ["--out", str(out), "--stages", "best"]
+    with plan.alone(out), pytest.raises(runs.UserError, match="another run_plan.py works on"):
+        plan.main(argv)
+    assert plan.main(argv) == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
+def test_a_closed_terminal_stops_the_plan_unless_it_is_told_to_stay(plan, tmp_path, monkeypatch):
+    args = plan.build_parser().parse_args(["--out", str(tmp_path)])
+    stopped = plan.Plan(args)
+    plan.handlers[signal.SIGHUP](signal.SIGHUP, None)
+    assert stopped.over
+    plan.handlers.clear()
+    monkeypatch.setattr(plan.signal, "getsignal", lambda number: signal.SIG_IGN)  # nohup
+    plan.Plan(args)
+    assert signal.SIGHUP not in plan.handlers
+
+
+def test_what_a_resumed_run_took_back_does_not_make_it_the_best(plan, tmp_path):
+    jobs = [job for job in plan.search(2, 30) if job.model == "rmc"]
+    valid, test, back = (lambda step, ppl=9.0, kind=kind: {"event": kind, "step": step, "ppl": ppl}
+                         for kind in ("valid", "test", "resume"))
+    logs = ([valid(4, 50.0), test(4)], [valid(2, 60.0), valid(4, 40.0), back(2), valid(4, 55.0), test(4)])
+    for job, log in zip(jobs, logs, strict=True):
+        (tmp_path / job.name).mkdir()
+        (tmp_path / job.name / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
+    assert plan.best_trials(tmp_path, jobs) == {"rmc": jobs[0].flags[:-2]}

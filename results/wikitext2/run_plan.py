@@ -3,9 +3,10 @@
     python results/wikitext2/run_plan.py --cuda --parallel 4               until all is finished
     python results/wikitext2/run_plan.py --cuda --parallel 4 --minutes 9   in pieces: call it until it says so
 
-It may be stopped at any moment (Ctrl-C, SIGTERM, the end of the minutes): runs save themselves, and the next
-call, with the same flags, goes on where they stood. A run that fails is noted in OUT/failed/ and left out;
-delete the note to try again.
+It may be stopped at any moment (Ctrl-C, SIGTERM, a closed terminal, the end of the minutes): runs save
+themselves, and the next call, with the same flags, goes on where they stood. One plan works on a folder at a
+time. If a plan is killed (SIGKILL), its runs train on; the next call leaves them alone and says that they are
+busy. A run that fails is noted in OUT/failed/ and left out; delete the note to try again.
 
 Stages, each done before the next begins:
     original   the published arguments, three seeds: the RMC (11.8M parameters with the original module's
@@ -14,7 +15,8 @@ Stages, each done before the next begins:
     search     for the best recipe at no more than 11M parameters: as many trials for either model, the recipe
                wikitext2 first, the others drawn at random from the same ranges, for a part of the epochs
     best       the trial of each model with the best validation perplexity, all epochs, three seeds
-    ablation   of these, one part at a time taken away or added, one seed
+    ablation   of these, one part at a time taken away or added, one seed; a part that they are without is not
+               taken away: that would be the same run again
 
 After the stages `original` and `best` each run is scored as one stream (--eval-batch-size 1), with perplexity
 against the length of the state, into its folder's evaluation.txt. OUT/summary.md has the table of all runs
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import io
 import os
 import random
 import shlex
@@ -33,14 +35,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import lm_flags  # noqa: E402 (found by the line above)
+import runs  # noqa: E402
+import train_rmc  # noqa: E402
+import train_rnn  # noqa: E402
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 STAGES = ("original", "table", "search", "best", "ablation")
 SEEDS = (1, 2, 3)
-SCRIPTS = {"rmc": "train_rmc", "lstm": "train_rnn"}
+SCRIPTS = {"rmc": train_rmc, "lstm": train_rnn}
+# In the message of a script that finds its run folder in another process's hands.
+BUSY = "in training by another process"
 STATE_LENGTHS = ("1", "3", "10", "30", "100", "300", "1000", "3000", "10000")
 
 # Embedding and head size, heads, MLP layers, key size, dropout of the output, slots. The row 192, 4, 3, 64,
@@ -173,29 +190,36 @@ def best(flags: dict[str, tuple[str, ...]]) -> list[Job]:
 
 
 def ablation(flags: dict[str, tuple[str, ...]]) -> list[Job]:
-    """The best trials, with one part taken away or added; seed 1, as in `best`."""
-    return [
-        Job(f"ablation-{model}-{name}", model, (*flags[model], "--seed", "1", *change.split()))
-        for model in flags
-        for name, change in {**PARTS, **OWN_PARTS[model]}.items()
-    ]
+    """The best trials, with one part taken away or added; seed 1, as in `best`.
+
+    A change that changes nothing (the trial had drawn 0 for the part) is left out.
+    """
+    jobs = []
+    for model, of_best in flags.items():
+        base = (*of_best, "--seed", "1")
+        for name, change in {**PARTS, **OWN_PARTS[model]}.items():
+            changed = (*base, *change.split())
+            if arguments(model, changed) != arguments(model, base):
+                jobs.append(Job(f"ablation-{model}-{name}", model, changed))
+    return jobs
+
+
+def arguments(model: str, flags: Sequence[str]) -> dict[str, Any]:
+    """What a script makes of these flags, its recipes and defaults included."""
+    script = SCRIPTS[model]
+    parser = script.build_parser()
+    with contextlib.redirect_stdout(io.StringIO()):  # it says what the recipe sets
+        lm_flags.apply_recipe(parser, flags, script.RECIPES)
+    return vars(parser.parse_args(flags))
 
 
 # ---- doing them
 
 
 def log_of(folder: Path) -> list[dict]:
-    """The events of a run's log, half-written lines left out; none if there is no log."""
-    events = []
+    """The events of a run's log; none if there is no log."""
     path = folder / "log.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
+    return runs.read_log(path) if path.exists() else []
 
 
 def finished(out: Path, job: Job) -> bool:
@@ -210,6 +234,32 @@ def failed(out: Path, job: Job) -> Path:
     return out / "failed" / f"{job.name}{'-evaluation' if job.evaluate else ''}.txt"
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps other plans from the folder, where the system has locks; the system frees it when this one ends.
+
+    Raises:
+        runs.UserError: another plan works on the folder.
+    """
+    with open(out / ".lock", "ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise runs.UserError(
+                    f"another run_plan.py works on {out}. Wait for its end, stop it, or give another --out."
+                ) from None
+            except OSError as error:
+                say(f"cannot lock {out} ({error.strerror}): see to it that no other plan works on it")
+        yield
+
+
+def say(text: str) -> None:
+    """Prints a line, where there is still a terminal to print to."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 class Plan:
     """Does jobs, several at once, until the time is over or someone asks to stop."""
 
@@ -217,8 +267,11 @@ class Plan:
         self.args, self.out = args, args.out
         self.deadline = time.monotonic() + args.minutes * 60 if args.minutes else None
         self.stop = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last: a closed terminal; not on Windows
+            number = getattr(signal, name, None)
+            # Under nohup SIGHUP is ignored, and is to stay so.
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._stop)
 
     def _stop(self, *_: object) -> None:
         self.stop = True
@@ -231,7 +284,7 @@ class Plan:
     def command(self, job: Job) -> list[str]:
         """What starts the job, or goes on with it."""
         args, folder = self.args, self.out / job.name
-        script = [sys.executable, str(ROOT / f"{SCRIPTS[job.model]}.py")]
+        script = [sys.executable, str(ROOT / f"{SCRIPTS[job.model].SCRIPT}.py")]
         device = ["--cuda"] if args.cuda else []
         if job.evaluate:
             lengths = ["--eval-batch-size", "1", "--state-lengths", *STATE_LENGTHS]
@@ -247,48 +300,66 @@ class Plan:
         return [*script, *job.flags, *changed, *where, *device]
 
     def do(self, jobs: Sequence[Job]) -> bool:
-        """Does the jobs that are neither done nor noted as failed; False if it had to stop before the end."""
+        """Does the jobs that are neither done nor noted as failed.
+
+        Returns:
+            False if there is more to do: it had to stop before the end, or others are at work on a run.
+        """
         waiting = [job for job in jobs if not finished(self.out, job) and not failed(self.out, job).exists()]
-        running: dict[Job, tuple[subprocess.Popen, Path]] = {}
+        running: dict[Job, tuple[subprocess.Popen, Path, int]] = {}
+        busy = False
         while waiting or running:
             while waiting and len(running) < self.args.parallel and not self.over:
                 job = waiting.pop(0)
                 output = self.out / "output" / failed(self.out, job).name
                 with open(output, "ab") as file:
+                    said = file.tell()  # what earlier calls have left there
                     # In a group of its own: Ctrl-C must reach it once, through us.
                     process = subprocess.Popen(
                         self.command(job), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                         start_new_session=True,
                     )  # fmt: skip
-                print(f"{'scoring' if job.evaluate else 'training'} {job.name}", flush=True)
-                running[job] = (process, output)
+                say(f"{'scoring' if job.evaluate else 'training'} {job.name}")
+                running[job] = (process, output, said)
             if self.over:
-                for process, _ in running.values():
+                for process, *_ in running.values():
                     process.terminate()
-                for job, (process, output) in running.items():
+                for job, (process, output, said) in running.items():
                     process.wait()
-                    self.note(job, process.returncode, output)
-                return not waiting and all(finished(self.out, job) for job in running)
-            for job, (process, output) in list(running.items()):
+                    self.note(job, process.returncode, output, said)
+                return not (waiting or busy) and all(finished(self.out, job) for job in running)
+            for job, (process, output, said) in list(running.items()):
                 if process.poll() is not None:
                     del running[job]
-                    self.note(job, process.returncode, output)
+                    busy |= self.note(job, process.returncode, output, said)
             time.sleep(0.05)
-        return True
+        return not busy
 
-    def note(self, job: Job, status: int, output: Path) -> None:
-        """Keeps a score, or the reason of a failure; a run that was stopped is neither."""
+    def note(self, job: Job, status: int, output: Path, said: int) -> bool:
+        """Keeps a score, or the reason of a failure; a run that was stopped or is busy is neither.
+
+        Args:
+            status: exit status of the job's process.
+            output: file that it wrote to, from byte `said` on.
+
+        Returns:
+            Whether another process is at work on the run.
+        """
         folder = self.out / job.name
         if status == 0 and job.evaluate:
             os.replace(output, folder / "evaluation.txt")
         elif status == 0:
-            print(f"finished {job.name}", flush=True)
+            say(f"finished {job.name}")
         elif not (self.over and status in (130, 143, -signal.SIGINT, -signal.SIGTERM)):
-            text = output.read_text(encoding="utf-8", errors="replace")
+            text = output.read_bytes()[said:].decode("utf-8", errors="replace")
+            if BUSY in text:
+                say(f"busy     {job.name}: another process trains it, it is left alone")
+                return True
             failed(self.out, job).write_text(text[-5000:], encoding="utf-8")
-            print(f"FAILED   {job.name}: see {failed(self.out, job)}", flush=True)
+            say(f"FAILED   {job.name}: see {failed(self.out, job)}")
         elif job.evaluate:
             output.unlink()
+        return False
 
     def summarise(self, jobs: Sequence[Job]) -> None:
         """The table of all runs that have a log."""
@@ -315,7 +386,7 @@ class Plan:
             if stage not in args.stages:
                 continue
             if stage in ("best", "ablation") and not jobs:
-                print(f"stage {stage}: no finished trial of the stage search to start from", flush=True)
+                say(f"stage {stage}: no finished trial of the stage search to start from")
                 continue
             done = self.do(jobs)
             if done and stage in ("original", "best"):
@@ -351,13 +422,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out = args.out if args.out.is_absolute() else ROOT / args.out
     for folder in ("failed", "output"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
-    plan = Plan(args)
-    done = plan.run()
+    with alone(args.out):
+        done = Plan(args).run()
     notes = len(list((args.out / "failed").iterdir()))
-    print(f"{notes} failures, see {args.out / 'failed'}" if notes else "no failures")
-    print(f"all is finished: {args.out}" if done else "stopped; call again to go on", flush=True)
+    say(f"{notes} failures, see {args.out / 'failed'}" if notes else "no failures")
+    say(f"all is finished: {args.out}" if done else "stopped; call again to go on")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runs.run_script(main)
