@@ -377,7 +377,7 @@ class ChunkedProduct:
     """The output layer's products in chunks of rows, whose outputs are overwritten by the next chunk's."""
 
     def __init__(self, device: torch.device, rows: int, width: int, out: int):
-        self.chunk = min(output_layers.CHUNK_ROWS, max(rows, 1))
+        self.chunk = min(output_layers.chunk_rows(device), max(rows, 1))
         self.inputs, self.outputs = _randn(device, rows, width), _randn(device, self.chunk, out)
         self.weight, self.weight_grad = _randn(device, out, width), torch.zeros(out, width, device=device)
         self.input_grad = _randn(device, rows, width)

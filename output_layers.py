@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows of logits that exist at once. Enough for a fast matrix product, few enough to stay in a CPU's cache.
-CHUNK_ROWS = 256
+# Rows of logits that exist at once: enough for a fast product; on a CPU few enough to stay in the cache.
+# A GPU has no such cache, and every chunk reads the whole weight twice, and reads and writes its gradient:
+# there the number weighs this traffic against the memory that the logits take.
+CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 class FullSoftmax(nn.Module):
@@ -144,7 +146,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias), the logits never held whole.
 
     hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; gives a scalar.
-    The gradients are made in the forward pass, CHUNK_ROWS rows of logits at a time: the logits of the whole
+    The gradients are made in the forward pass, `chunk_rows` rows of logits at a time: the logits of the whole
     window would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks. Under
     autocast the products are of the lower precision, the softmax and the sums are not.
 
@@ -160,6 +162,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
             return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
         nats, _ = _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients=False)
         return nats
+
+
+def chunk_rows(device: torch.device) -> int:
+    """Rows of logits that are held at once on such a device."""
+    return CHUNK_ROWS.get(device.type, CHUNK_ROWS["cpu"])
 
 
 def plain_linear_cross_entropy(
@@ -194,13 +201,14 @@ def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
     counted = (targets >= 0).to(full).unsqueeze(1)
     labels = targets.clamp(min=0).unsqueeze(1)
     # One buffer for the scores of all chunks: fresh memory for each would cost as much as the softmax itself.
-    buffer = torch.empty(min(CHUNK_ROWS, hidden.size(0)), weight.size(0), dtype=full, device=hidden.device)
+    size = chunk_rows(hidden.device)
+    buffer = torch.empty(min(size, hidden.size(0)), weight.size(0), dtype=full, device=hidden.device)
     if with_gradients:
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=full)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-    for start in range(0, hidden.size(0), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    for start in range(0, hidden.size(0), size):
+        rows = slice(start, start + size)
         chunk, label, counts = hidden[rows], labels[rows], counted[rows]
         scores = _scores(chunk, weight, bias, out=buffer[: chunk.size(0)])
         if with_gradients and scores.device.type == "cpu":

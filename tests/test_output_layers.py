@@ -18,7 +18,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 def small_chunks(monkeypatch):
     """Chunks of 3 rows: 7 rows then make two full chunks and a rest of one."""
     torch.manual_seed(1)
-    monkeypatch.setattr(output_layers, "CHUNK_ROWS", 3)
+    monkeypatch.setitem(output_layers.CHUNK_ROWS, "cpu", 3)
 
 
 def doubles(*shape):
@@ -70,11 +70,17 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch):
     targets = torch.randint(V, (ROWS,))
     results = []
     for size in (1, 2, 7, 256):
-        monkeypatch.setattr(output_layers, "CHUNK_ROWS", size)
+        monkeypatch.setitem(output_layers.CHUNK_ROWS, "cpu", size)
         nats = linear_cross_entropy(hidden, weight, bias, targets)
         results.append((nats, *torch.autograd.grad(nats, (hidden, weight, bias))))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], **EXACT)
+
+
+def test_chunks_are_larger_on_a_gpu():
+    assert output_layers.chunk_rows(torch.device("cuda", 1)) == 2048
+    for other in ("cpu", "meta"):
+        assert output_layers.chunk_rows(torch.device(other)) == 3
 
 
 def test_scores_far_apart_do_not_overflow():
