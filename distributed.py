@@ -107,6 +107,11 @@ class Processes:
         here = os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size))
         return "python" if self.alone else f"torchrun --nproc-per-node={here}"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How many processes train, and how they were started, for the record of a run."""
+        return {"processes": self.world_size, "launcher": self.launcher}
+
     def share(self, count: int) -> slice:
         """This process's part of `count` things in a row: neighbours, dealt out in the order of the ranks.
 
@@ -153,6 +158,20 @@ class Processes:
         with _contact():
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    @contextlib.contextmanager
+    def run_folder(self, args: argparse.Namespace, script: str) -> Iterator[Path]:
+        """The folder to train in, that of --resume or a new one, locked by the main process meanwhile.
+
+        Raises:
+            UserError: as `runs.create_run_folder`, or another process trains in it.
+        """
+        if args.resume is not None:
+            folder = Path(args.resume)
+        else:
+            folder = self.from_main(lambda: runs.create_run_folder(args.runs_folder, args.name, script))
+        with runs.locked(folder) if self.is_main else contextlib.nullcontext():
+            yield folder
 
     def gather(self, value: Any) -> list[Any] | None:
         """The values of all processes, by rank, in the main process; None in the others."""
@@ -359,8 +378,7 @@ def arguments_to_go_on(
     if (folder / "args.json").is_file():
         return [*(sys.argv[1:] if argv is None else argv), "--resume", str(folder)]
     if from_environment().is_main:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # empty: killed before a word was in it
+        runs.discard_unbegun_run_folder(folder)
     return argv
 
 

@@ -221,16 +221,16 @@ class ForwardTimer:
         if start is not None:
             self.spans.append((start, self.now()))
 
-    def mean_ms(self, steps: int) -> float | None:
-        """Mean length of the spans in ms, and forgets them; None unless each of the steps had one.
+    def mean_ms(self, steps: int, pieces: int = 1) -> float | None:
+        """Mean time of a step in ms, and forgets the spans; None unless each piece of each step had one.
 
         To be called when the device has finished.
         """
         spans, self.spans = self.spans, []
-        if len(spans) < max(steps, 1):
+        if not steps or len(spans) != steps * pieces:
             return None
         lengths = [start.elapsed_time(end) if self.on_gpu else 1000 * (end - start) for start, end in spans]
-        return sum(lengths) / len(lengths)
+        return sum(lengths) / steps
 
 
 class Trainer:
@@ -460,7 +460,7 @@ class Trainer:
         loss = nats / self.at.interval_tokens
         speed = {
             "ms_per_batch": 1000 * elapsed / max(self.timed_steps, 1),
-            "forward_ms_per_batch": self.timer.mean_ms(self.timed_steps),
+            "forward_ms_per_batch": self.timer.mean_ms(self.timed_steps, len(self.pieces)),
             "tokens_per_second": self.timed_tokens / elapsed,
         }
         self.write(
@@ -661,8 +661,37 @@ class Trainer:
         if saved:
             self.at.best_valid, self.at.best_epoch = loss, self.at.epoch
 
+    def restore_best(self, folder: Path) -> None:
+        """Takes best.pt's own loss as the one to beat where it is newer than last.pt, as after a kill.
+
+        On a CPU the epoch done again ends with the same loss; on a GPU it may end with another. Without a
+        best.pt there is none to beat.
+
+        Raises:
+            UserError: best.pt cannot be read.
+        """
+        path = folder / "best.pt"
+        exists, best = self.processes.from_main(
+            lambda: (True, runs.load_checkpoint(path).get("scores")) if path.exists() else (False, None)
+        )
+        if not exists:
+            self.at.best_valid, self.at.best_epoch = Position.best_valid, Position.best_epoch
+            return
+        try:
+            if int(best["step"]) >= self.at.step:
+                self.at.best_valid, self.at.best_epoch = float(best["valid_loss"]), int(best["epoch"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path} does not say how good it is. Was it altered? Move it away to go on without it."
+            ) from None
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether any dropout is on."""
+        return any(value for name, value in self.model.config.items() if name.startswith("dropout"))
+
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up everything from a last.pt.
+        """Takes up everything from a last.pt; warns where dropout will not go on as it would have.
 
         Raises:
             UserError: it was made with another corpus, or does not fit the model.
@@ -691,6 +720,7 @@ class Trainer:
             self.processes.restore_random_states(
                 [checkpoint["random"], *checkpoint.get("random_of_others", ())], self.args.seed, self.at.step
             )
+            pieces = checkpoint["args"].get("accumulate", 1)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             if runs.is_out_of_memory(error):
                 raise
@@ -698,6 +728,12 @@ class Trainer:
             raise UserError(
                 f"last.pt does not fit its run ({reason}). Was it or args.json altered? Start a new run."
             ) from None
+        if pieces != self.args.accumulate and self.drops_out:
+            runs.warn(
+                f"--accumulate was {pieces}, now it is {self.args.accumulate}: dropout goes on with other "
+                "random numbers, and masks that a whole batch shares (of words and weights) are drawn for "
+                "each piece"
+            )
 
 
 @contextlib.contextmanager
@@ -764,52 +800,58 @@ def run(
     trainer = Trainer(model, corpus, args, kind, device, processes)
     processes.draw_apart(args.seed)
 
-    if args.resume is not None:
-        folder = Path(args.resume)
-        last = folder / "last.pt"
-        checkpoint = processes.from_main(lambda: runs.load_checkpoint(last) if last.exists() else None)
-        if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
-            trainer.restore(checkpoint)
-        if args.schedule == "cosine" and "epochs" in runs.given_arguments(parser, argv):
-            runs.warn("with another number of --epochs, the cosine schedule goes on along another curve")
-        if processes.is_main:
-            runs.note_resume(folder, args, argv)
-            runs.RunLog(folder / "log.jsonl").write("resume", epoch=trainer.at.epoch, step=trainer.at.step)
-        print(
-            f"run folder: {folder}, resumed at step {trainer.at.step:,} in epoch {trainer.at.epoch}",
-            flush=True,
-        )
-    else:
-        folder = processes.from_main(lambda: runs.create_run_folder(args.runs_folder, args.name, script))
-        print(f"run folder: {folder}", flush=True)
-    try:
-        if args.resume is None and processes.is_main:
-            runs.write_arguments(
-                folder,
-                script,
-                args,
-                argv,
-                parameters=parameters,
-                corpus={
-                    "folder": str(corpus.folder),
-                    "words": len(corpus.vocabulary),
-                    "train": len(corpus.train),
-                    "valid": len(corpus.valid),
-                    "test": len(corpus.test),
-                    "sha256": trainer.fingerprint,
-                },
-            )
-        trainer.train(folder)
-    except Interrupted:
-        return tell_interrupted(trainer, script)
-    except BaseException:
-        # Whatever it was: a run without one good loss or a checkpoint has nothing in it worth a folder.
-        begun = trainer.at.epoch_tokens or trainer.at.epoch > 1 or (folder / "last.pt").exists()
-        if args.resume is None and processes.is_main and not begun:
-            runs.discard_run_folder(folder)
-        raise
-    tell_test(trainer, trainer.test(), "test")
+    with processes.run_folder(args, script) as folder:
+        if args.resume is not None:
+            go_on(trainer, folder, argv, new_epochs="epochs" in runs.given_arguments(parser, argv))
+        else:
+            print(f"run folder: {folder}", flush=True)
+        try:
+            if args.resume is None and processes.is_main:
+                runs.write_arguments(
+                    folder,
+                    script,
+                    args,
+                    argv,
+                    **processes.facts,
+                    parameters=parameters,
+                    corpus={
+                        "folder": str(corpus.folder),
+                        "words": len(corpus.vocabulary),
+                        "train": len(corpus.train),
+                        "valid": len(corpus.valid),
+                        "test": len(corpus.test),
+                        "sha256": trainer.fingerprint,
+                    },
+                )
+            trainer.train(folder)
+        except Interrupted:
+            return tell_interrupted(trainer, script)
+        except BaseException:
+            # Whatever it was: a run without one good loss or a checkpoint has nothing in it worth a folder.
+            begun = trainer.at.epoch_tokens or trainer.at.epoch > 1 or (folder / "last.pt").exists()
+            if args.resume is None and processes.is_main and not begun:
+                runs.discard_run_folder(folder)
+            raise
+        tell_test(trainer, trainer.test(), "test")
     return 0
+
+
+def go_on(trainer: Trainer, folder: Path, argv: Sequence[str] | None, new_epochs: bool) -> None:
+    """Takes up a run where its last.pt stands, and notes it; `new_epochs`: --epochs was given too."""
+    args, processes, last = trainer.args, trainer.processes, folder / "last.pt"
+    checkpoint = processes.from_main(lambda: runs.load_checkpoint(last) if last.exists() else None)
+    if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
+        trainer.restore(checkpoint)
+    trainer.restore_best(folder)
+    if args.schedule == "cosine" and new_epochs:
+        runs.warn("with another number of --epochs, the cosine schedule goes on along another curve")
+    if processes.is_main:
+        runs.note_resume(folder, args, argv, **processes.facts)
+        runs.RunLog(folder / "log.jsonl").write("resume", epoch=trainer.at.epoch, step=trainer.at.step)
+    print(
+        f"run folder: {folder}, resumed at step {trainer.at.step:,} in epoch {trainer.at.epoch}",
+        flush=True,
+    )
 
 
 def tell_interrupted(trainer: Trainer, script: str) -> int:

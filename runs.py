@@ -5,6 +5,7 @@ A run is a folder, `runs/<name>/`, with four files:
     log.jsonl    one JSON object per event, appended as training goes; readable at any moment
     best.pt      the model with the best score so far, enough to rebuild and use it
     last.pt      everything needed to go on exactly where the run stands
+and, while a process trains in it, .lock, by which that process keeps others out.
 
 Checkpoints hold plain data only (tensors, numbers, strings, lists, dicts): reading one can run no code. They
 are written under a temporary name and renamed, so a file of the right name is a whole file.
@@ -37,6 +38,11 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 VERSION = "1.0"  # of this project, noted in every run and checkpoint
 CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change so that older code cannot read them
@@ -419,9 +425,13 @@ def create_run_folder(root: str | Path, name: str | None, script: str) -> Path:
                 return folder
             except FileExistsError:
                 if name is not None:
+                    advice = (
+                        f"or go on with that run: --resume {folder}"
+                        if (folder / "args.json").is_file()
+                        else "or remove that folder: it has no args.json, so there is no run to go on with."
+                    )
                     raise UserError(
-                        f"{folder} is there already. Choose another --name, or go on with that run: "
-                        f"--resume {folder}"
+                        f"{folder} is there already. Choose another --name, {advice}"
                     ) from None
     except OSError as error:
         raise UserError(
@@ -434,9 +444,87 @@ def discard_run_folder(folder: str | Path) -> None:
     """Removes a run folder that came to nothing, unless there is more in it than a run writes."""
     folder = Path(folder)
     with contextlib.suppress(OSError):
-        for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):
+        for name in ("args.json", "log.jsonl", "best.pt", "last.pt", LOCK):
             (folder / name).unlink(missing_ok=True)
+        remove_half_written(folder)
         folder.rmdir()
+
+
+def discard_unbegun_run_folder(folder: str | Path) -> None:
+    """Removes the folder of a run that was killed before a word was in it, unless somebody trains in it."""
+    folder = Path(folder)
+    with contextlib.suppress(OSError, UserError), locked(folder):
+        if not (folder / "args.json").exists():
+            remove_half_written(folder)
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def remove_half_written(folder: Path) -> None:
+    """Removes what writes that were killed half-way have left."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+# ---- one process per run folder
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps all other processes from training in a run folder, where the system has locks (not on Windows).
+
+    The system sets the lock free when the process ends, however it ends. The file that carries it is removed
+    at the end, and left by a kill, which hinders nobody.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = Path(folder) / LOCK
+    file = _lock(path)
+    try:
+        yield
+    finally:
+        if _is_at(file, path):  # else the folder has gone meanwhile, and another may be in its place
+            with contextlib.suppress(OSError):
+                path.unlink()
+        file.close()
+
+
+def _lock(path: Path) -> BinaryIO:
+    while True:
+        file = open(path, "ab+", buffering=0)  # noqa: SIM115 (open as long as the lock is held)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).decode("utf-8", errors="replace")
+            file.close()
+            raise UserError(
+                f"{path.parent} is in training by another process{f' ({holder})' if holder else ''}. Wait "
+                "for its end or stop it (Ctrl-C, or kill with its number), then go on with --resume."
+            ) from None
+        except OSError as error:  # a file system without locks
+            warn(f"cannot lock {path} ({error.strerror}): see to it that nothing else trains in that folder")
+            return file
+        if _is_at(file, path):
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop: only messages want it
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}".encode())
+            return file
+        file.close()  # its last holder removed the file between the two calls above
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
 
 
 def newest_run(root: str | Path, scripts: Sequence[str] | None = None) -> Path | None:
@@ -471,10 +559,11 @@ def write_arguments(
     _write_json(folder / "args.json", record)
 
 
-def note_resume(folder: Path, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+def note_resume(
+    folder: Path, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any
+) -> None:
     """Brings args.json up to date when a run goes on: its arguments as they are now; when, how, on what."""
-    for leftover in folder.glob(".*.tmp"):  # of a write that was killed half-way
-        leftover.unlink(missing_ok=True)
+    remove_half_written(folder)
     record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     record["arguments"] = {**vars(args), "resume": None}
     record.setdefault("resumed", []).append(
@@ -482,6 +571,7 @@ def note_resume(folder: Path, args: argparse.Namespace, argv: Sequence[str] | No
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command_line": list(sys.argv[1:] if argv is None else argv),
             "environment": describe_environment(),
+            **facts,
         }
     )
     _write_json(folder / "args.json", record)

@@ -733,48 +733,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"model: {args.model}, {parameters:,} parameters")
     trainer = Trainer(model, args, device, processes)
 
-    if args.resume is None:
-        folder = processes.from_main(lambda: runs.create_run_folder(args.runs_folder, args.name, SCRIPT))
-        if processes.is_main:
-            runs.write_arguments(folder, SCRIPT, args, argv, parameters=parameters)
-        print(f"run folder: {folder}", flush=True)
-    else:
-        folder = Path(args.resume)
-        last, where = folder / "last.pt", device if processes.alone else "cpu"
-        checkpoint = processes.from_main(lambda: runs.load_checkpoint(last, where) if last.exists() else None)
-        if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
-            trainer.restore(checkpoint)
-        trainer.restore_best(folder)
-        if processes.is_main:
-            runs.note_resume(folder, args, argv)
-            runs.RunLog(folder / "log.jsonl").write("resume", step=trainer.at.step)
-        print(f"run folder: {folder}, resumed at step {trainer.at.step:,}", flush=True)
-        if trainer.at.times_on_target >= HOLD:
-            say(
-                f"nothing to train: the test accuracy has reached --target-accuracy {args.target_accuracy:g} "
-                f"{HOLD} times in a row. To go on, give a higher one (--steps alone does not help)."
-            )
-        elif trainer.finished():
-            say(f"nothing to train: all {args.steps:,} steps are done. To go on, give more --steps.")
-
-    try:
-        outcome = trainer.train(folder)
-    except BaseException:
-        # A run without one report or checkpoint has nothing in it worth a folder.
-        begun = trainer.at.best_step or (folder / "last.pt").exists()
-        if args.resume is None and processes.is_main and not begun:
-            runs.discard_run_folder(folder)
-        raise
-    if outcome != "finished":
-        why = trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
-        best = max(0.0, trainer.at.best_accuracy)
-        say(f"stopped by {why} at step {trainer.at.step:,}, test accuracy at best {best:.1%}")
-        say(f"to measure what there is: python {SCRIPT}.py --evaluate {folder}")
-        say(f"to go on: {processes.launcher} {SCRIPT}.py --resume {folder}")
-        return trainer.interrupts.exit_status
-    if processes.is_main and (scores := final_report(folder, args, device)):
-        trainer.log.write("final", step=trainer.at.step, **scores)
+    with processes.run_folder(args, SCRIPT) as folder:
+        if args.resume is not None:
+            go_on(trainer, folder, argv)
+        else:
+            if processes.is_main:
+                runs.write_arguments(folder, SCRIPT, args, argv, **processes.facts, parameters=parameters)
+            print(f"run folder: {folder}", flush=True)
+        try:
+            outcome = trainer.train(folder)
+        except BaseException:
+            # A run without one report or checkpoint has nothing in it worth a folder.
+            begun = trainer.at.best_step or (folder / "last.pt").exists()
+            if args.resume is None and processes.is_main and not begun:
+                runs.discard_run_folder(folder)
+            raise
+        if outcome != "finished":
+            why = trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
+            best = max(0.0, trainer.at.best_accuracy)
+            say(f"stopped by {why} at step {trainer.at.step:,}, test accuracy at best {best:.1%}")
+            say(f"to measure what there is: python {SCRIPT}.py --evaluate {folder}")
+            say(f"to go on: {processes.launcher} {SCRIPT}.py --resume {folder}")
+            return trainer.interrupts.exit_status
+        if processes.is_main and (scores := final_report(folder, args, device)):
+            trainer.log.write("final", step=trainer.at.step, **scores)
     return 0
+
+
+def go_on(trainer: Trainer, folder: Path, argv: Sequence[str] | None) -> None:
+    """Takes up a run where its last.pt stands, and notes it."""
+    args, processes, last = trainer.args, trainer.processes, folder / "last.pt"
+    where = trainer.device if processes.alone else "cpu"
+    checkpoint = processes.from_main(lambda: runs.load_checkpoint(last, where) if last.exists() else None)
+    if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
+        trainer.restore(checkpoint)
+    trainer.restore_best(folder)
+    if processes.is_main:
+        runs.note_resume(folder, args, argv, **processes.facts)
+        runs.RunLog(folder / "log.jsonl").write("resume", step=trainer.at.step)
+    print(f"run folder: {folder}, resumed at step {trainer.at.step:,}", flush=True)
+    if trainer.at.times_on_target >= HOLD:
+        say(
+            f"nothing to train: the test accuracy has reached --target-accuracy {args.target_accuracy:g} "
+            f"{HOLD} times in a row. To go on, give a higher one (--steps alone does not help)."
+        )
+    elif trainer.finished():
+        say(f"nothing to train: all {args.steps:,} steps are done. To go on, give more --steps.")
 
 
 def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

@@ -176,7 +176,7 @@ def instrument(writer: int) -> None:
 def is_whole(folder: Path) -> bool:
     """Checks every file of a run folder that a reader may take; whether the run had begun."""
     for path in folder.iterdir():
-        leftover = path.name.startswith(".") and path.name.endswith(".tmp")
+        leftover = path.name == runs.LOCK or path.name.startswith(".") and path.name.endswith(".tmp")
         assert path.name in RUN_FILES or leftover, path
     if not (folder / "args.json").exists():
         assert {path.name for path in folder.iterdir()} & RUN_FILES == set()

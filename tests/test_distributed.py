@@ -3,12 +3,12 @@
 Starting a process costs seconds, so the processes of a group go through all cases one after the other.
 """
 
+import contextlib
 import functools
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -147,8 +147,7 @@ def group_only_cases(folder, processes, others):
 
 def worker(rank, world_size, port, folder, others):
     torch.set_num_threads(1)
-    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update(place_of(rank, world_size, port))
     args = train_rmc.build_parser().parse_args(["--collective-timeout", "60"])
     _, processes = distributed.start(args)
     results = all_cases(folder, processes) | group_only_cases(folder, processes, others)
@@ -156,10 +155,16 @@ def worker(rank, world_size, port, folder, others):
     torch.distributed.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def place_of(rank, world_size, port):
+    """What torchrun tells a process, with the port of a store that is there already, as torchrun's is."""
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    place |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
+    return {name: str(value) for name, value in place.items()}
+
+
+def key_value_store():
+    """A store for one group of processes, at a port of its own choice, as long as somebody holds it."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.fixture(scope="module")
@@ -189,21 +194,25 @@ def half(folder):
 def groups(folder, half):
     """By number of processes: a list with the results of each of them."""
     spawn = multiprocessing.get_context("spawn")
-    processes = []
-    for world_size in (2, 3):
-        shared = folder / str(world_size)
-        shared.mkdir()
-        port = free_port()
-        for rank in range(world_size):
-            arguments = (rank, world_size, port, shared, {"half": half})
-            processes.append(spawn.Process(target=worker, args=arguments))
-            processes[-1].start()
-    alone = folder / "1"
-    alone.mkdir()
-    results = {1: [all_cases(alone, ALONE)]}
-    for process in processes:
-        process.join(timeout=170)
-        process.kill()
+    processes, stores = [], []
+    try:
+        for world_size in (2, 3):
+            shared = folder / str(world_size)
+            shared.mkdir()
+            stores.append(key_value_store())
+            for rank in range(world_size):
+                arguments = (rank, world_size, stores[-1].port, shared, {"half": half})
+                processes.append(spawn.Process(target=worker, args=arguments))
+                processes[-1].start()
+        alone = folder / "1"
+        alone.mkdir()
+        results = {1: [all_cases(alone, ALONE)]}
+        for process in processes:
+            process.join(timeout=170)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     assert [process.exitcode for process in processes] == [0] * 5
     for world_size in (2, 3):
         files = (folder / str(world_size) / f"results-{rank}.pt" for rank in range(world_size))
@@ -338,31 +347,46 @@ def test_checkpoints_from_before_there_were_processes_go_on(half, groups, tmp_pa
 # ---- scripts in several processes
 
 
-def script(*argv, world_size, port, program="train_rnn.py", cwd):
+def start(argv, cwd, environment, stderr=subprocess.PIPE):
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+@contextlib.contextmanager
+def script(*argv, world_size=2, program="train_rnn.py", cwd):
     """Starts the processes as torchrun would, without the time that torchrun takes to start."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"WORLD_SIZE": str(world_size), "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / program), *argv],
-            cwd=cwd,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        for rank in range(world_size)
-    ]
+    store, processes = key_value_store(), []
+    try:
+        for rank in range(world_size):
+            place = place_of(rank, world_size, store.port)
+            processes.append(start([ROOT / program, *argv], cwd, place))
+        yield processes
+    finally:
+        for process in processes:
+            end_with_children(process)
+
+
+def end_with_children(process):
+    """Kills what a test that failed would leave behind: torchrun's processes are groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
 
 
 def ends(processes):
     """Exit statuses, outputs and errors; a process that hangs fails the test."""
-    try:
-        told = [process.communicate(timeout=100) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    told = [process.communicate(timeout=100) for process in processes]
     return [process.returncode for process in processes], *map(list, zip(*told, strict=True))
 
 
@@ -385,8 +409,8 @@ distributed.run_script(train_rnn.main, "the batch")
 def test_a_bug_in_one_process_ends_all_with_its_own_message(corpus_folder, tmp_path):
     (tmp_path / "buggy.py").write_text(BUG)
     argv = [*SMALL, "--data", str(corpus_folder)]
-    processes = script(*argv, world_size=2, port=free_port(), program=tmp_path / "buggy.py", cwd=tmp_path)
-    statuses, outputs, errors = ends(processes)
+    with script(*argv, program=tmp_path / "buggy.py", cwd=tmp_path) as processes:
+        statuses, outputs, errors = ends(processes)
     assert all(statuses), statuses
     assert "error in process 1 of 2: Traceback" in errors[1] and "a bug in one process" in errors[1]
     assert outputs[1] == "" and "error" not in errors[0]  # it has only lost contact, and leaves it the word
@@ -395,53 +419,61 @@ def test_a_bug_in_one_process_ends_all_with_its_own_message(corpus_folder, tmp_p
 
 def test_sigterm_to_one_process_saves_and_stops_both(corpus_folder, tmp_path):
     argv = [*SMALL, "--data", str(corpus_folder), "--epochs", "100000", "--name", "run"]
-    processes = script(*argv, world_size=2, port=free_port(), cwd=tmp_path)
-    for line in processes[0].stdout:
-        if "(best)" in line:
-            processes[1].send_signal(signal.SIGTERM)
-            break
-    statuses, outputs, errors = ends(processes)
+    with script(*argv, cwd=tmp_path) as processes:
+        for line in processes[0].stdout:
+            if "(best)" in line:
+                processes[1].send_signal(signal.SIGTERM)
+                break
+        statuses, outputs, errors = ends(processes)
     assert statuses == [128 + signal.SIGTERM] * 2
     assert "stopped by SIGTERM" in outputs[0] and "--resume runs/run" in outputs[0] and outputs[1] == ""
     assert "Traceback" not in "".join(errors)
     checkpoint = runs.load_checkpoint(tmp_path / "runs" / "run" / "last.pt")
     assert f"step {checkpoint['position']['step']:,}" in outputs[0] and len(checkpoint["state"]) == 14
+    record = json.loads((tmp_path / "runs" / "run" / "args.json").read_text())
+    assert (record["processes"], record["launcher"]) == (2, "torchrun --nproc-per-node=2")
+
+
+KILLED = """
+import os, signal
+import distributed, lm_training, train_rnn
+train_epoch = lm_training.Trainer.train_epoch
+def killed_in_epoch_4(self):
+    step = self.step
+    def step_and_die(tokens, targets):
+        step(tokens, targets)
+        if self.at.epoch == 4 and self.processes.rank == 1 and self.processes.restarts == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    self.step = step_and_die
+    train_epoch(self)
+    self.step = step
+lm_training.Trainer.train_epoch = killed_in_epoch_4
+distributed.run_script(train_rnn.main)
+"""
 
 
 def test_torchrun_restarts_after_a_kill_and_goes_on_from_the_last_checkpoint(corpus_folder, tmp_path):
     """Rank 1 is killed without warning; the finished run equals one that nobody disturbed."""
-    argv = [*SMALL, "--data", str(corpus_folder), "--epochs", "8", "--save-every", "0.002", "--name"]
-    undisturbed = script(*argv, "whole", world_size=2, port=free_port(), cwd=tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + ["--max-restarts=1", str(ROOT / "train_rnn.py"), *argv, "killed"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-    )
-    output, victims = "", []
-    try:
-        for line in process.stdout:
-            output += line
-            if not victims and line.startswith("epoch 3:"):
-                children = psutil.Process(process.pid).children(recursive=True)
-                victims = [child for child in children if child.environ().get("RANK") == "1"]
-                victims[0].kill()
-        assert process.wait(timeout=60) == 0, output
-    finally:
-        process.kill()
-    assert ends(undisturbed)[0] == [0, 0]
+    (tmp_path / "killed.py").write_text(KILLED)
+    argv = [*SMALL, "--data", str(corpus_folder), "--epochs", "6", "--save-every", "0.002", "--name"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun += [tmp_path / "killed.py", *argv, "killed"]
+    with script(*argv, "whole", cwd=tmp_path) as undisturbed:
+        process = start(torchrun, tmp_path, {}, stderr=subprocess.STDOUT)
+        try:
+            output, _ = process.communicate(timeout=170)
+        finally:
+            end_with_children(process)
+        assert process.returncode == 0, output
+        assert ends(undisturbed)[0] == [0, 0]
     whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
-    assert len(victims) == 1 and "resumed at step" in output
-    assert "resumed" in json.loads((killed / "args.json").read_text())
+    assert output.count("resumed at step") == 1
+    assert [noted["processes"] for noted in json.loads((killed / "args.json").read_text())["resumed"]] == [2]
     a, b = (runs.load_checkpoint(path / "last.pt") for path in (whole, killed))
     for name, weight in a["model"].items():
         assert torch.equal(weight, b["model"][name]), name
     scores = [[e for e in numbers(path) if e["event"] in ("valid", "test")] for path in (whole, killed)]
-    assert len(scores[0]) == 9
+    assert len(scores[0]) == 7
     assert_same_log(scores[1], scores[0], 1e-13)
 
 
@@ -512,7 +544,13 @@ def test_restarts_need_a_name(monkeypatch, tmp_path):
     assert distributed.arguments_to_go_on(parser, argv) == argv
     (tmp_path / "a").mkdir()  # killed before it wrote a word: begun anew
     assert distributed.arguments_to_go_on(parser, argv) == argv and not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()  # killed amid that word
+    (tmp_path / "a" / ".args.json.abc.tmp").touch()
+    (tmp_path / "a" / runs.LOCK).touch()
+    assert distributed.arguments_to_go_on(parser, argv) == argv and not (tmp_path / "a").exists()
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "last.pt").touch()  # somebody took args.json away: theirs to mend
+    assert distributed.arguments_to_go_on(parser, argv) == argv and (tmp_path / "a" / "last.pt").exists()
     (tmp_path / "a" / "args.json").write_text("{}")
     resuming = [*argv, "--resume", str(tmp_path / "a")]
     assert distributed.arguments_to_go_on(parser, argv) == resuming

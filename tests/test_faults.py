@@ -63,6 +63,66 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+# ---- two processes, one run folder
+
+
+NTH = ["--num-vectors", "3", "--num-dims", "2", "--model", "lstm", "--nhid", "9", "--outputunits", "8"]
+NTH += ["--batch-size", "8", "--test-examples", "10", "--steps", "2"]
+
+
+@pytest.mark.parametrize("script", [train_rnn, train_nth_farthest])
+def test_a_run_folder_in_which_another_process_trains_is_refused(script, corpus_folder, tmp_path):
+    folder = tmp_path / "run"
+    if script is train_rnn:
+        train(corpus_folder, tmp_path, "--epochs", "1")
+    else:
+        script.main([*NTH, "--runs-folder", str(tmp_path), "--name", "run"])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert runs.LOCK not in before
+    with runs.locked(folder):
+        with pytest.raises(UserError, match=rf"in training by another process \(process {os.getpid()} on "):
+            script.main(["--resume", str(folder)])
+        assert {name: (folder / name).read_bytes() for name in before} == before
+    assert script.main(["--resume", str(folder)]) == 0
+    record = json.loads((folder / "args.json").read_text())
+    for noted in (record, record["resumed"][-1]):
+        assert (noted["processes"], noted["launcher"]) == (1, "python")
+    assert not (folder / runs.LOCK).exists()
+
+
+def test_the_lock_of_a_process_that_was_killed_hinders_nobody(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with runs.locked(tmp_path):
+            os.write(writer, b"!")
+            signal.pause()
+        os._exit(1)
+    assert os.read(reader, 1) == b"!"
+    try:
+        with pytest.raises(UserError, match=f"process {child} on"), runs.locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    os.close(reader)
+    os.close(writer)
+    assert os.listdir(tmp_path) == [runs.LOCK]
+    with runs.locked(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_end_of_a_run_leaves_the_lock_of_a_new_folder_in_its_place(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with runs.locked(folder):
+        runs.discard_run_folder(folder)
+        folder.mkdir()
+        (folder / runs.LOCK).write_text("of another")
+    assert (folder / runs.LOCK).read_text() == "of another"
+
+
 # ---- disk
 
 

@@ -465,9 +465,29 @@ def test_every_epoch_starts_from_the_initial_state(tmp_path, kind):
     assert first == second
 
 
+def test_another_number_of_pieces_is_told_where_masks_are_drawn_for_each(tmp_path, capsys):
+    for dropped, told in (["--dropout-words", "0.1"], 1), ([], 0):
+        trainer = make_trainer(tmp_path, "rnn", *dropped)
+        trainer.save_last()
+        last = runs.load_checkpoint(tmp_path / "last.pt")
+        make_trainer(tmp_path, "rnn", *dropped).restore(last)
+        assert "--accumulate" not in capsys.readouterr().err
+        make_trainer(tmp_path, "rnn", *dropped, "--accumulate", "7").restore(last)
+        assert capsys.readouterr().err.count("--accumulate was 1, now it is 7: dropout goes on") == told
+
+
 def test_forward_time_is_given_only_if_every_step_was_timed():
     timer = lm_training.ForwardTimer(torch.device("cpu"))
     timer.span(timer.now())
     assert timer.mean_ms(2) is None and timer.mean_ms(0) is None
     timer.span(timer.now())
     assert timer.mean_ms(1) >= 0
+
+
+def test_forward_time_is_that_of_all_pieces_of_a_step():
+    timer = lm_training.ForwardTimer(torch.device("cpu"))
+    timer.spans = [(0.0, 0.001), (1.0, 1.003), (2.0, 2.001), (3.0, 3.005)]
+    spans = list(timer.spans)
+    assert timer.mean_ms(2, pieces=2) == pytest.approx(5) and timer.spans == []
+    timer.spans = spans[:3]  # a piece without a span: its graph was replayed
+    assert timer.mean_ms(2, pieces=2) is None

@@ -213,6 +213,15 @@ def test_names_that_are_taken_or_not_plain(tmp_path):
     assert os.listdir(tmp_path) == ["mine-1.0"]
 
 
+def test_a_folder_without_a_run_is_not_to_be_resumed(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="or remove that folder: it has no args.json"):
+        runs.create_run_folder(tmp_path, "a", "train_rmc")
+    (tmp_path / "a" / "args.json").write_text("{}")
+    with pytest.raises(UserError, match="go on with that run: --resume"):
+        runs.create_run_folder(tmp_path, "a", "train_rmc")
+
+
 def test_runs_folder_that_is_a_file(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="cannot make a run folder"):
@@ -238,6 +247,8 @@ def test_discarding_a_run_folder_leaves_strange_files(tmp_path):
     for name in ("empty", "used"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text("{}")
+        (tmp_path / name / ".last.pt.abc.tmp").touch()
+        (tmp_path / name / runs.LOCK).touch()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     runs.discard_run_folder(tmp_path / "empty")
     runs.discard_run_folder(tmp_path / "used")

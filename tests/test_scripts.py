@@ -573,6 +573,26 @@ def test_killed_while_it_saves_nothing_is_lost(corpus_folder, tmp_path):
     assert numbers(whole) == numbers(killed)
 
 
+def test_a_best_model_newer_than_the_last_checkpoint_is_the_one_to_beat(corpus_folder, tmp_path):
+    """Killed between the two writes; on a GPU the epoch done again may end with a worse loss."""
+    _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1")
+    best = runs.load_checkpoint(folder / "best.pt")
+    best["scores"] = {"epoch": 2, "step": 2 * STEPS, "valid_loss": 0.125}
+    runs.save_checkpoint(folder / "best.pt", best)
+    kept = (folder / "best.pt").read_bytes()
+    assert train_rnn.main(["--resume", str(folder), "--epochs", "3"]) == 0
+    assert (folder / "best.pt").read_bytes() == kept
+    position = runs.load_checkpoint(folder / "last.pt")["position"]
+    assert (position["best_valid"], position["best_epoch"]) == (0.125, 2)
+    (folder / "best.pt").unlink()  # then the next epoch makes one
+    assert train_rnn.main(["--resume", str(folder), "--epochs", "4"]) == 0
+    assert runs.load_checkpoint(folder / "best.pt")["scores"]["epoch"] == 4
+    del best["scores"]
+    runs.save_checkpoint(folder / "best.pt", best)
+    with pytest.raises(UserError, match="does not say how good it is"):
+        train_rnn.main(["--resume", str(folder), "--epochs", "5"])
+
+
 @pytest.mark.parametrize("script", [train_rmc, train_rnn])
 def test_recipe_sets_its_flags_says_so_and_gives_way_to_flags_on_the_command_line(script, tmp_path, capsys):
     status = script.main(
