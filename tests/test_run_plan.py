@@ -151,6 +151,9 @@ def test_a_run_in_other_hands_is_left_alone_and_no_failure(plan, tmp_path, capsy
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps([]))
     (folder / "busy").touch()
+    killed = out / "original-rmc-seed3"  # as it made its folder
+    killed.mkdir()
+    (killed / ".lock").touch()
     assert plan.main(argv) == 0
     output = capsys.readouterr().out
     assert "busy     original-lstm-seed2" in output and "no failures" in output and "call again" in output

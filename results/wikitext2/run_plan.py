@@ -291,8 +291,7 @@ class Plan:
             return [*script, "--evaluate", str(folder), *lengths, *device]
         if (folder / "args.json").exists():
             return [*script, "--resume", str(folder), *device]
-        with contextlib.suppress(OSError):  # left by a run that was killed as it made its folder
-            folder.rmdir()
+        runs.discard_unbegun_run_folder(folder)  # left by a run that was killed as it made its folder
         changed = shlex.split(args.extra)
         if args.epochs:
             changed += ["--epochs", str(args.epochs)]
