@@ -48,6 +48,14 @@ def seconds_per_step(trainer):
     return (time.perf_counter() - start) / STEPS
 
 
+def scheduling():
+    """Whether the command stands before all others on the machine, as with `chrt -f 5` before it."""
+    if not hasattr(os, "sched_getscheduler"):
+        return "scheduling not known"
+    real_time = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
+    return f"{'real-time' if real_time else 'ordinary'} priority"
+
+
 def worker(rank, port):
     place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
@@ -57,7 +65,8 @@ def worker(rank, port):
     _, processes = distributed.start(args)
     together, alone = trainer_for(processes, args), trainer_for(ALONE, args)
     count = together.gradients.flat.numel()
-    print(f"torch {torch.__version__}, {runs.describe_environment()['cpu']}, {os.cpu_count()} cores")
+    print(f"torch {torch.__version__}, {runs.describe_environment()['cpu']}, {os.cpu_count()} cores, "
+          f"{scheduling()}")
     print(f"{count:,} gradients, {4 * count / 1e6:.1f} MB per all-reduce; {' '.join(FLAGS)}")
     rows = []
     for number in range(ROUNDS + 1):
