@@ -252,7 +252,7 @@ CONTRADICTIONS = [
     ("train_rmc", "--name a/b", ["--name must be", "'a/b'"]),
     ("train_rmc", "--name ..", ["--name must be", r"'\.\.'"]),
     ("train_nth_farthest", "--name a:b", ["--name must be", "'a:b'"]),
-    ("train_rnn", "--name taken", ["taken is there already", "Choose another --name", "--resume"]),
+    ("train_rnn", "--name taken", ["taken is there already", "Choose another --name", "no args.json"]),
     ("train_rnn", "--runs-folder FILE", ["cannot make a run folder in", "Give another --runs-folder"]),
     ("train_rnn", "--runs-folder FILE/below", ["cannot make a run folder in", "Give another --runs-folder"]),
     ("train_nth_farthest", "--runs-folder FILE", ["cannot make a run folder", "Give another --runs-folder"]),

@@ -206,7 +206,7 @@ def test_peak_memory_counts_weights_gradients_and_adams_two_moments():
     peak, above, note = benchmark.peak_memory(task, FAST, CPU)
     weights = 4 * sum(p.numel() for p in benchmark.build_model(task, FAST).parameters()) / 1e6
     assert note == "" and peak > above
-    assert 4 * weights < above < 8 * weights             # and what the step itself needs
+    assert 4 * weights < above < 12 * weights            # and what the step needs, and gaps in kept memory
 
 
 @pytest.mark.parametrize("flags, message", [
