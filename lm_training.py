@@ -798,6 +798,7 @@ def run(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"model: {type(model).__name__}, {parameters:,} parameters")
     trainer = Trainer(model, corpus, args, kind, device, processes)
+    runs.warn_of_long_warmup(args.warmup, trainer.total_steps)
     processes.draw_apart(args.seed)
 
     with processes.run_folder(args, script) as folder:

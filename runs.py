@@ -926,6 +926,15 @@ def scheduled_lr(lr: float, step: int, steps: int, warmup: int = 0, cosine: bool
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def warn_of_long_warmup(warmup: int, steps: int) -> None:
+    """Warns of a warm-up that the run is too short for."""
+    if warmup >= steps:
+        warn(
+            f"--warmup {warmup:,} is no shorter than the run, {steps:,} steps: the learning rate will not "
+            "reach --lr. Give a smaller --warmup or train longer."
+        )
+
+
 def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> None:
     """Refuses a model that cannot be trained in the memory there is, before any of it is used.
 

@@ -732,6 +732,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"task: {K} vectors of {args.num_dims} dimensions; chance {1 / K:.1%}, plateau {2 / K:.1%}")
     print(f"model: {args.model}, {parameters:,} parameters")
     trainer = Trainer(model, args, device, processes)
+    runs.warn_of_long_warmup(args.warmup, args.steps)
 
     with processes.run_folder(args, SCRIPT) as folder:
         if args.resume is not None:

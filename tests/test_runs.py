@@ -548,6 +548,14 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert capsys.readouterr() == ("epoch 1  10/120  loss 1.5\n", "")
 
 
+def test_a_warmup_that_outlasts_the_run_is_warned_of(capsys):
+    runs.warn_of_long_warmup(0, 1)
+    runs.warn_of_long_warmup(9, 10)
+    assert capsys.readouterr().err == ""
+    runs.warn_of_long_warmup(500, 54)
+    assert "--warmup 500 is no shorter than the run, 54 steps" in capsys.readouterr().err
+
+
 # ---- memory
 
 
