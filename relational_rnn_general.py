@@ -36,8 +36,11 @@ from torch import Tensor, nn
 GATE_STYLES = ("unit", "memory", None)
 NORM_EPSILON = 1e-5
 
-# Rows per time step (B * R) up to which the recurrent weights' gradients wait for one product over all steps.
+# Rows per time step (B * R) up to which the recurrent weights' gradients wait for products over many steps.
 DEFERRED_ROWS = 512
+# How many rows (time steps * B) wait for one product on a CPU: enough for a fast one, and few to be kept. On
+# other devices it is the whole window, as many as they can have for their many cores.
+DEFERRED_SPAN = 512
 
 
 class StepDetails(NamedTuple):
@@ -691,7 +694,7 @@ class _Scan(torch.autograd.Function):
         ctx.shape, ctx.deferred = shape, deferred
         ctx.layouts = [(len(tensors), layout) for tensors, layout in packed]
         own = (x for tensors, _ in packed for x in tensors)
-        ctx.save_for_backward(memory, mask, qkv_in, memories, *flat, *own)
+        ctx.save_for_backward(memory, mask, memories, *flat, *own)
         ctx.set_materialize_grads(False)
         return memories, memories[-1].clone()
 
@@ -701,7 +704,7 @@ class _Scan(torch.autograd.Function):
             raise RuntimeError(_REFUSAL)
         # Whoever used the results in another layout may hand back gradients in that layout.
         grad_memories, grad_last = (g if g is None else g.contiguous() for g in (grad_memories, grad_last))
-        memory, mask, qkv_in, memories, *rest = ctx.saved_tensors
+        memory, mask, memories, *rest = ctx.saved_tensors
         end, tapes = len(rest), []
         for count, layout in reversed(ctx.layouts):
             tapes.insert(0, _Tape.unpack(rest[end - count : end], layout))
@@ -716,7 +719,6 @@ class _Scan(torch.autograd.Function):
                     ctx.deferred,
                     memory,
                     mask,
-                    qkv_in,
                     memories,
                     grad_memories,
                     grad_last,
@@ -842,8 +844,9 @@ def _attend_pair(shape, own, given, queries, tape):
     values. Returns the update (B, 1, H, V).
     """
     query, key, value = own.squeeze(1).split(shape.qkv_sizes, dim=-1)
-    key_difference = key - given[0]
-    value_difference = value - given[1]
+    # In the place of what they are made from: that is not needed again, and `query` keeps it alive.
+    key_difference = key.sub_(given[0])
+    value_difference = value.sub_(given[1])
     own_weight = (query * key_difference).sum(-1, keepdim=True).sigmoid_()              # (B, H, 1)
     tape.keep(query=query, own_weight=own_weight)
     tape.keep(key_difference=key_difference, value_difference=value_difference)
@@ -934,10 +937,10 @@ def _scatter(rows, own, given):
 class _LinearGradient:
     """Gradient of one linear layer's weight and bias, summed over the time steps.
 
-    With a stack for the errors, they are kept and multiplied with the inputs of all steps once, at the end:
-    with few rows per step, a product at every step would spend its time on reading and writing the whole
-    gradient. Without a stack, each step's product is added at once: with many rows that costs no more, and it
-    needs no memory for the errors.
+    With a stack (S, rows, out) for the errors, those of S steps are kept and multiplied with these steps'
+    inputs in one product: with few rows per step, a product at every step would spend its time on reading and
+    writing the whole gradient. Without a stack, each step's product is added at once: with many rows that
+    costs no more, and it needs no memory for the errors.
     """
 
     def __init__(self, weight: Tensor, stack: Tensor | None):
@@ -947,14 +950,20 @@ class _LinearGradient:
 
     def slot(self, t: int) -> Tensor | None:
         """Where the errors of step t may be written at once; None if they are not kept."""
-        return None if self.slots is None else self.slots[t]
+        return None if self.slots is None else self.slots[t % len(self.slots)]
+
+    def errors(self, start: int, stop: int) -> Tensor:
+        """The kept errors of steps start to stop, (their rows, out)."""
+        first = start % len(self.slots)
+        return self.stack[first : first + stop - start].flatten(0, 1)
 
     def add(self, t: int, errors: Tensor, inputs: Tensor) -> None:
         """errors (rows, out), the gradient by the layer's output at step t, and inputs (rows, in)."""
-        if self.slots is None:
+        slot = self.slot(t)
+        if slot is None:
             self.accumulate(errors, inputs)
-        elif errors is not self.slots[t]:
-            self.slots[t].copy_(errors)
+        elif errors is not slot:
+            slot.copy_(errors)
 
     def accumulate(self, errors: Tensor, inputs: Tensor) -> None:
         """Add what these rows give."""
@@ -990,14 +999,13 @@ class _NormGradient:
         return torch.stack(self.gain_grads).sum(0), torch.stack(self.shift_grads).sum(0)
 
 
-def _scan_backward(
-    shape, weights, tapes, deferred, memory, mask, qkv_in, memories, grad_memories, grad_last
-):
+def _scan_backward(shape, weights, tapes, deferred, memory, mask, memories, grad_memories, grad_last):
     """The time loop backwards; returns gradients by memory, qkv_in, gate_in, rows and the flat weights."""
     steps, batch, slots, width = memories.shape
+    span = max(1, min(steps, DEFERRED_SPAN // batch)) if memory.device.type == "cpu" else steps
 
     def linear_gradient(weight, rows):
-        stack = memory.new_empty(steps, batch * rows, weight.size(0)) if deferred else None
+        stack = memory.new_empty(span, batch * rows, weight.size(0)) if deferred else None
         return _LinearGradient(weight, stack)
 
     blocks = range(shape.blocks)
@@ -1021,7 +1029,7 @@ def _scan_backward(
             gate_grad = _LinearGradient(weights.gate, grad_gate_in)
         else:
             gate_grad = linear_gradient(weights.gate, slots)
-    grad_qkv_in = torch.zeros_like(qkv_in)
+    grad_qkv_in = memory.new_zeros(steps, batch, shape.input_rows, weights.blocks[0].qkv.size(0))
     grad_given = _given(shape, grad_qkv_in)
     if shape.blocks > 1:
         grad_rows = memory.new_empty(steps, batch, shape.input_rows, width)
@@ -1080,10 +1088,11 @@ def _scan_backward(
                 grad_rows[t] = grad_residual[:, slots:]
         grad_z = grad_z.add_(grad_residual[:, :slots])
         carry = grad_z if carry is None else carry.add_(grad_z)
+        if deferred and t % span == 0:
+            stop = min(t + span, steps)
+            _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_grad, t, stop)
 
-    if deferred:
-        _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_grad)
-    elif gate_grad is not None and slots == 1:
+    if not deferred and gate_grad is not None and slots == 1:
         gate_grad.accumulate(grad_gate_in.flatten(0, 1), torch.cat(tapes[-1].tracks["squashed"]))
     gathered = [
         _BlockWeights(linear.weight_grad, linear.bias_grad, *(g for norm in norms for g in norm.result()))
@@ -1097,23 +1106,24 @@ def _scan_backward(
     return carry, grad_qkv_in, grad_gate_in, grad_rows, *_Weights(gathered, mlp, gate).flatten()
 
 
-def _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_grad):
-    """The products over all time steps: kept errors times stacked inputs, for every recurrent weight."""
+def _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_grad, start, stop):
+    """The products over time steps start to stop: kept errors times stacked inputs, for all weights."""
 
-    def multiply(gradient, inputs, steps=slice(None)):
-        gradient.accumulate(gradient.stack[steps].flatten(0, 1), inputs.flatten(0, -2))
+    def multiply(gradient, inputs, start):
+        gradient.accumulate(gradient.errors(start, start + len(inputs)), inputs.flatten(0, -2))
 
     # The first block's input is the memory before each step: the initial one, then all but the last.
-    multiply(qkv_grads[0], memory, slice(0, 1))
-    if len(memories) > 1:
-        multiply(qkv_grads[0], memories[:-1], slice(1, None))
+    if start == 0:
+        multiply(qkv_grads[0], memory.unsqueeze(0), 0)
+    if (first := max(1, start)) < stop:
+        multiply(qkv_grads[0], memories[first - 1 : stop - 1], first)
     for index in range(shape.blocks):
         if index > 0:
-            multiply(qkv_grads[index], tapes[index].stacks["inputs"])
+            multiply(qkv_grads[index], tapes[index].stacks["inputs"][start:stop], start)
         for layer in range(shape.mlp_layers):
-            multiply(mlp_grads[index][layer], tapes[index].stacks[f"mlp{layer}"])
+            multiply(mlp_grads[index][layer], tapes[index].stacks[f"mlp{layer}"][start:stop], start)
     if gate_grad is not None:
-        multiply(gate_grad, tapes[-1].stacks["squashed"])
+        multiply(gate_grad, tapes[-1].stacks["squashed"][start:stop], start)
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:

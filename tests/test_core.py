@@ -190,6 +190,8 @@ def test_fast_path_equals_plain_step_in_outputs_memories_and_every_gradient(opti
     steps, used, deferred = options.pop("steps"), options.pop("used"), options.pop("deferred")
     masked = options.pop("masked")
     monkeypatch.setattr(relational_rnn_general, "DEFERRED_ROWS", 512 if deferred else 0)
+    # Two steps per product, so that the last one of a window of T steps has but one.
+    monkeypatch.setattr(relational_rnn_general, "DEFERRED_SPAN", 2 * B + 1)
     core = make_core(head_size=5, num_heads=3, forget_bias=0.7, input_bias=-0.2, **options)
     rows = (core.input_rows, INPUT) if core.input_rows > 1 else (INPUT,)
     inputs = randn(B, steps, *rows, requires_grad=True)
