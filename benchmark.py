@@ -128,7 +128,7 @@ class Variant:
     model: str = "rmc"  # 'rmc', 'lstm' or 'floor'
     fast: bool = True  # the core's fast path, not its plain step; the LSTM's fused layer, not its loop
     per_step_loss: bool = False  # embedding, output layer and softmax at every time step, as written naively
-    deferred: bool | None = None  # weight gradients after the time loop; None = by the core's own rule
+    deferred: bool | None = None  # weight gradients of many steps at once; None = by the core's own rule
     chunked: bool = True  # cross-entropy in chunks, not on all logits at once
     fused_adam: bool = True
     graph: bool = True  # capture as a CUDA graph; no effect on a CPU
@@ -151,7 +151,7 @@ LSTM = Variant("LSTM fused", model="lstm")
 LSTM_LOOP = Variant("LSTM loop of cells", model="lstm", fast=False, graph=False)
 FLOOR = Variant("floor: matrix products only", model="floor")
 EACH_STEP = replace(FAST, label="RMC fast path, weight gradients at every step", deferred=False)
-AFTER_LOOP = replace(FAST, label="RMC fast path, weight gradients after the loop", deferred=True)
+AFTER_LOOP = replace(FAST, label="RMC fast path, weight gradients of many steps at once", deferred=True)
 
 LM_VARIANTS = [NAIVE, NAIVE_FUSED_ADAM, PLAIN, FAST, LSTM, LSTM_LOOP, FLOOR]
 NTH_VARIANTS = [
@@ -183,15 +183,15 @@ def option_variants(task: Task, device: torch.device) -> list[Variant]:
     ]
     if task.kind == "lm":
         variants.append(replace(FAST, chunked=False, label="chunked cross-entropy off"))
+    variants.append(replace(FAST, bf16=True, label="bf16 on"))
     if device.type == "cuda":
         variants += [
             replace(FAST, graph=False, label="CUDA graph off"),
             replace(FAST, tf32=False, label="TF32 off"),
-            replace(FAST, bf16=True, label="bf16 on"),
             replace(FAST, bf16=True, graph=False, label="bf16 on, CUDA graph off"),
             replace(LSTM, graph=False, label="LSTM fused, CUDA graph off"),
         ]
-    return [*variants, LSTM, FLOOR]
+    return [*variants, LSTM, replace(LSTM, bf16=True, label="LSTM fused, bf16 on"), FLOOR]
 
 
 @contextmanager

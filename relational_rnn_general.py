@@ -545,9 +545,9 @@ def _require_integer(name: str, value: int, minimum: int) -> None:
 # The fast sequence path: what RelationalMemory._advance computes step by step, arranged for speed.
 #   * What depends on the inputs alone leaves the time loop for a few large products (_hoist).
 #   * In the last block only the memory rows go on: the input rows give keys and values and nothing else.
-#   * The backward pass is written out. It saves what it needs and no more, and turns the gradient of every
-#     recurrent weight into one product over all time steps instead of T small ones, which each read and write
-#     the whole weight.
+#   * The backward pass is written out. It saves what it needs and no more, and makes the gradient of every
+#     recurrent weight in products over many time steps instead of T small ones, which each read and write the
+#     whole weight.
 
 
 class _Shape(NamedTuple):
@@ -620,7 +620,7 @@ class _Tape:
 
     tracks: by name, one tensor per time step.
     stacks: by name, the tracks that are views of one tensor (T, rows, features): inputs of linear layers,
-        laid out so that the gradient of the layer's weight is one product over all time steps.
+        laid out so that many time steps' part of the gradient of the layer's weight is one product.
     """
 
     def __init__(self, stacks: Mapping[str, Tensor] = MappingProxyType({})):

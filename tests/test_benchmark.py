@@ -127,7 +127,7 @@ def test_all_variants_of_the_core_compute_the_same_loss_and_weights(task):
     variants = [NAIVE if task.kind == "lm" else PLAIN, *benchmark.option_variants(task, CPU)]
     results = []
     for variant in variants:
-        if variant.model == "rmc":
+        if variant.model == "rmc" and not variant.bf16:
             runner = ModelRunner(task, variant, CPU, dropout=0.0)
             runner.optimizer.param_groups[0]["lr"] = 0.01
             losses = [runner.train(), runner.train(), runner.forward()]
