@@ -99,7 +99,9 @@ def group(results: Sequence[Result]) -> list[list[Result]]:
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
-        compared = {k: v for k, v in result.run.arguments.items() if k not in NOT_COMPARED}
+        # A flag that is not given is None, and absent from runs made before there was such a flag.
+        given = {k: v for k, v in result.run.arguments.items() if v is not None}
+        compared = {k: v for k, v in given.items() if k not in NOT_COMPARED}
         if result.has_dropout:  # each replica and each piece of a batch draws masks of its own
             compared["accumulate"] = result.run.arguments.get("accumulate", 1)
             compared["replicas"] = result.replicas

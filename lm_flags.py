@@ -66,6 +66,14 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         help="Adam's learning rate, at its highest",
     )
     training.add_argument(
+        "--embedding-lr",
+        type=runs.positive_float,
+        default=None,
+        metavar="LR",
+        help="that of the embedding's matrix, which tied is the softmax's too, in constant ratio to --lr "
+        "through every schedule, warm-up and random windows (default: --lr)",
+    )
+    training.add_argument(
         "--schedule",
         choices=("plateau", "cosine"),
         default="plateau",

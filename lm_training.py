@@ -272,8 +272,14 @@ class Trainer:
         # On a GPU each group's learning rate is a tensor: a captured step reads it anew at each replay.
         on_gpu = device.type == "cuda"
         adam = torch.optim.AdamW if args.weight_decay else torch.optim.Adam
-        groups = parameter_groups(model, args.weight_decay) if args.weight_decay else model.parameters()
+        apart = () if args.embedding_lr is None else (model.embedding.weight,)
+        grouped = bool(args.weight_decay or apart)
+        groups = parameter_groups(model, args.weight_decay, apart) if grouped else model.parameters()
         self.optimizer = adam(groups, lr=args.lr, fused=True, capturable=on_gpu)
+        # What the schedule's learning rate is multiplied with, by group; the first group's is 1.
+        self.lr_factors = [1.0] * len(self.optimizer.param_groups)
+        if apart:
+            self.lr_factors[-1] = args.embedding_lr / args.lr
         count = len(self.optimizer.param_groups) if on_gpu else 0
         self.lr_tensors = [torch.tensor(args.lr, device=device) for _ in range(count)]
         self.lr = self.plateau_lr = args.lr
@@ -543,7 +549,10 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The schedule's learning rate at the last step; random windows scale it for their step alone."""
+        """The schedule's learning rate at the last step; random windows scale it for their step alone.
+
+        It is that of all matrices and vectors but the embedding's, if that has one of its own.
+        """
         return self._lr
 
     @lr.setter
@@ -554,7 +563,8 @@ class Trainer:
     def fill_lr(self, value: float) -> None:
         """Gives the optimiser a learning rate; where it has tensors, as on a GPU, they stay the same ones."""
         for index, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = self.lr_tensors[index].fill_(value) if self.lr_tensors else value
+            lr = value * self.lr_factors[index]
+            group["lr"] = self.lr_tensors[index].fill_(lr) if self.lr_tensors else lr
 
     def schedule_lr(self, length: int) -> None:
         """The learning rate of the next step, on a window of `length` tokens per column."""
@@ -613,7 +623,9 @@ class Trainer:
         kept = f"{last} is from before" if last.exists() else "no checkpoint had been written yet"
         return (
             f"the {what} in epoch {self.at.epoch}, step {self.at.step}: training has diverged. {kept}. "
-            f"Start again with a lower --lr (it was {self.args.lr:g}) or a lower --clip."
+            f"Start again with a lower --lr (it was {self.args.lr:g}"
+            + (f", --embedding-lr {self.args.embedding_lr:g}" if self.args.embedding_lr is not None else "")
+            + ") or a lower --clip."
         )
 
     def save_last(self) -> bool:

@@ -93,13 +93,20 @@ def activation_penalty(dropped: Tensor, raw: Tensor, ar: float, tar: float) -> T
     return penalty * dropped.shape[:2].numel()
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """An optimiser's groups: matrices decay, vectors (biases, gains of norms) do not."""
-    parameters = list(model.parameters())
-    return [
+def parameter_groups(
+    model: nn.Module, weight_decay: float, apart: Sequence[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """An optimiser's groups: matrices decay, vectors (biases, gains of norms) do not.
+
+    Args:
+        apart: matrices that come in a last group of their own, which there is only if they are given.
+    """
+    parameters = [p for p in model.parameters() if not any(p is other for other in apart)]
+    groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [*groups, {"params": list(apart), "weight_decay": weight_decay}] if apart else groups
 
 
 SHORTEST_WINDOW = 5

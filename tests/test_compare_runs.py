@@ -59,8 +59,11 @@ def test_the_logs_in_results_give_the_numbers_of_the_readme(capsys, tmp_path):
 
 def test_seeds_of_the_same_arguments_are_one_row_with_mean_and_deviation(tmp_path, capsys):
     tests = [19.0, 20.5, 24.0]
-    folders = [make_run(tmp_path / f"run{seed}", seed, test=test) for seed, test in enumerate(tests, start=1)]
-    other = make_run(tmp_path / "other", lr=0.2, average=18.5)
+    # An older run knows nothing of a flag that the newer ones were not given.
+    flags = [{}, {"embedding_lr": None}, {"embedding_lr": None}]
+    folders = [make_run(tmp_path / f"run{seed}", seed, test=test, **more)
+               for seed, (test, more) in enumerate(zip(tests, flags, strict=True), start=1)]
+    other = make_run(tmp_path / "other", lr=0.2, average=18.5, embedding_lr=0.1)
     unfinished = make_run(tmp_path / "unfinished", lr=0.3, test=None)
     lstm = make_run(tmp_path / "lstm", script="train_rnn", model="LSTM")
     compare_runs.main([str(folder) for folder in (*folders, other, unfinished, lstm)])

@@ -49,7 +49,9 @@ CASES = {
         "full": FULL,
         "adaptive": ADAPTIVE,
         "accumulate": ["--accumulate", "2"],
-        "adaptive accumulate": [*ADAPTIVE, "--accumulate", "2", *SCHEDULE, "--ar", "2", "--tar", "1"],
+        "adaptive accumulate": [
+            *ADAPTIVE, "--accumulate", "2", *SCHEDULE, "--ar", "2", "--tar", "1", "--embedding-lr", "0.001",
+        ],
     }.items()
 }
 NTH = "--num-vectors 3 --num-dims 2 --memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 24 "

@@ -437,8 +437,8 @@ def test_learning_rate_stays_one_tensor_where_it_is_one(tmp_path):
     """As a captured step needs it on a GPU: through the schedule, the setter and a resume."""
 
     def with_tensor(*flags):
-        trainer = make_trainer(tmp_path, "rnn", "--lr", "0.004", *flags)
-        trainer.lr_tensors = [torch.tensor(0.004)]
+        trainer = make_trainer(tmp_path, "rnn", "--lr", "0.004", "--embedding-lr", "0.001", *flags)
+        trainer.lr_tensors = [torch.tensor(0.004) for _ in trainer.optimizer.param_groups]
         trainer.lr = 0.004
         return trainer
 
@@ -449,12 +449,66 @@ def test_learning_rate_stays_one_tensor_where_it_is_one(tmp_path):
         assert trainer.lr == 0.004
         trainer.step_schedule(loss)
     assert trainer.lr == 0.002 and group["lr"] is trainer.lr_tensors[0]
+    assert trainer.lr_tensors[-1].item() == pytest.approx(0.0005)
     trainer.folder = tmp_path
     assert trainer.save_last()
     again = with_tensor()
     again.restore(runs.load_checkpoint(tmp_path / "last.pt"))
     assert again.lr == 0.002 and again.optimizer.param_groups[0]["lr"] is again.lr_tensors[0]
     assert again.optimizer.param_groups[0]["capturable"]
+    assert again.optimizer.param_groups[-1]["lr"] is again.lr_tensors[-1]
+    assert again.lr_tensors[-1].item() == pytest.approx(0.0005)
+
+
+# Each leaves a trainer before its first step, and says which share of both learning rates that step has.
+SCHEDULES = {
+    "plateau": ([], 0, 1.0),
+    "plateau, halved twice": ([], 0, 0.25),
+    "warm-up": (["--warmup", "9"], 3, 4 / 9),
+    "plateau, halved twice, after warm-up": (["--warmup", "3"], 3, 0.25),
+    "cosine": (["--schedule", "cosine", "--epochs", "2"], 4, 0.5 * (1 + math.cos(math.pi * 5 / 14))),
+    "random windows": (["--random-bptt", "2"], 0, 8 / 11),
+}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_embedding_has_its_learning_rate_and_all_else_the_other_one(tmp_path, name, decay):
+    """Against Adam's first step by hand: lr * g / (|g| + 1e-8), after decay of the matrices by lr * decay."""
+    flags, steps, share = SCHEDULES[name]
+    kind, more = ("rmc", []) if name in ("plateau", "cosine") else ("rnn", ["--tied", "--project"])
+    if name == "random windows":
+        more = []  # untied: the softmax's own matrix has --lr
+    both = ["--lr", "0.01", "--embedding-lr", "0.002", "--clip", "0", "--weight-decay", str(decay)]
+    trainer = make_trainer(tmp_path, kind, *both, *flags, *more)
+    for loss in [5.0] + [6.0] * (2 * lm_flags.PATIENCE + 2) if "halved" in name else []:
+        trainer.step_schedule(loss)
+    trainer.at.step = steps
+    model, state = trainer.model, trainer.model.initial_state(7)
+    tokens, targets = trainer.columns.window(0, 8 if name == "random windows" else 11)
+    before = {key: parameter.detach().double().clone() for key, parameter in model.named_parameters()}
+    model.loss(tokens, targets, state)[0].backward()
+    slopes = {key: parameter.grad.double() for key, parameter in model.named_parameters()}
+    trainer.step(tokens, targets)
+    for key, found in model.named_parameters():
+        lr = share * (0.002 if key == "embedding.weight" else 0.01)
+        shrunk = before[key] * (1 - lr * decay * (found.dim() >= 2))
+        expected = shrunk - lr * slopes[key] / (slopes[key].abs() + 1e-8)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-7, msg=f"{name}: {key}")
+    assert trainer.lr == pytest.approx(0.01 if name == "random windows" else 0.01 * share)
+
+
+@pytest.mark.parametrize("decay", ["0", "0.1"])
+def test_with_the_embeddings_learning_rate_equal_to_the_other_nothing_changes(tmp_path, decay):
+    flags = ["--lr", "0.01", "--epochs", "2", "--weight-decay", decay]
+    plain = make_trainer(tmp_path, "rnn", *flags)
+    equal = make_trainer(tmp_path, "rnn", *flags, "--embedding-lr", "0.01")
+    other = make_trainer(tmp_path, "rnn", *flags, "--embedding-lr", "0.02")
+    for trainer in (plain, equal, other):
+        trainer.train_epoch()
+    weights = [trainer.model.state_dict() for trainer in (plain, equal, other)]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert not torch.equal(weights[0]["embedding.weight"], weights[2]["embedding.weight"])
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

@@ -393,6 +393,7 @@ def test_matrices_decay_and_vectors_do_not():
 EVERYTHING = [
     "--locked-dropout", "--dropout", "0.3", "--dropout-words", "0.2", "--dropout-weights", "0.3",
     "--ar", "2", "--tar", "1", "--weight-decay", "0.1", "--random-bptt", "3", "--warmup", "9",
+    "--embedding-lr", "0.003",
 ]
 
 

@@ -45,6 +45,10 @@ for kind in rnn rmc; do
     train "train_$kind" "tiny-$kind-decay" "${tiny[@]}" --weight-decay 0.1
     train "train_$kind" "tiny-$kind-windows" "${tiny[@]}" --random-bptt
     train "train_$kind" "tiny-$kind-ema" "${tiny[@]}" --average ema --average-decay 0.99
+    # The recipe's --lr is 0.005 for the LSTM and 0.0015 for the RMC.
+    if [[ $kind = rmc ]]; then half=0.00075 double=0.003; else half=0.0025 double=0.01; fi
+    train "train_$kind" "tiny-$kind-embedding-lr-half" "${tiny[@]}" --embedding-lr "$half"
+    train "train_$kind" "tiny-$kind-embedding-lr-double" "${tiny[@]}" --embedding-lr "$double"
     train "train_$kind" "tiny-$kind-all" "${tiny[@]}" "${weak[@]}" --weight-decay 0.1 --random-bptt \
         --average ema --average-decay 0.99
 done

@@ -108,6 +108,9 @@ PARTS = {
     "random-windows": "--random-bptt",
     "random-windows-two-lengths": "--random-bptt 0",
     "clip-0.1": "--clip 0.1",
+    # Below and above every --lr of the search.
+    "embedding-lr-lower": "--embedding-lr 0.0005",
+    "embedding-lr-higher": "--embedding-lr 0.006",
 }
 OWN_PARTS = {"rmc": {"no-candidate": "--dropout-candidate 0"}, "lstm": {"no-hidden": "--dropout-hidden 0"}}
 
