@@ -26,6 +26,8 @@ from runs import UserError
 
 # Arguments that change nothing in a run's numbers but the seed's.
 NOT_COMPARED = runs.RESUME_MAY_CHANGE | {"seed", "name", "evaluate", "state_lengths", "collective_timeout"}
+# Absent from the arguments of runs that are older than the flags, with the values of runs without them.
+LATER_FLAGS = {"embedding_lr": None, "dropout_candidate": 0.0}
 # Flags that the row's command leaves out, each with a value: the row stands for several seeds and folders.
 LEFT_OUT = ("--seed", "--name", "--runs-folder", "--resume", "--save-every")
 HEADER = ("run", "model", "parameters", "valid", "test", "epochs", "minutes", "seeds", "hardware", "command")
@@ -99,8 +101,7 @@ def group(results: Sequence[Result]) -> list[list[Result]]:
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
-        # A flag that is not given is None, and absent from runs made before there was such a flag.
-        given = {k: v for k, v in result.run.arguments.items() if v is not None}
+        given = {**LATER_FLAGS, **result.run.arguments}
         compared = {k: v for k, v in given.items() if k not in NOT_COMPARED}
         if result.has_dropout:  # each replica and each piece of a batch draws masks of its own
             compared["accumulate"] = result.run.arguments.get("accumulate", 1)

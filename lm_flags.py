@@ -202,11 +202,12 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
 
 
 def add_dropout_flags(
-    parser: argparse._ArgumentGroup, recurrent_matrices: str, between_layers: bool = False
+    parser: argparse._ArgumentGroup, recurrent_matrices: str, candidate: str, between_layers: bool = False
 ) -> None:
     """Adds --dropout, the flags that set one place apart from the others, and those of regularisation.py.
 
-    `recurrent_matrices` says in the help which matrices of the model weight drop acts on.
+    `recurrent_matrices` and `candidate` say in the help what of the model weight drop and recurrent dropout
+    act on.
     """
     parser.add_argument(
         "--dropout",
@@ -259,6 +260,14 @@ def add_dropout_flags(
         metavar="P",
         help=f"weight drop, one mask per window, on {recurrent_matrices} (Merity et al. 2018, "
         "arXiv:1708.02182)",
+    )
+    parser.add_argument(
+        "--dropout-candidate",
+        type=runs.fraction,
+        default=0.0,
+        metavar="P",
+        help=f"recurrent dropout of {candidate}, one mask per window (Semeniuta et al. 2016, "
+        "arXiv:1603.05118)",
     )
 
 
@@ -323,6 +332,7 @@ def dropouts(args: argparse.Namespace) -> dict[str, Any]:
         "locked_dropout": args.locked_dropout,
         "dropout_words": args.dropout_words,
         "dropout_weights": args.dropout_weights,
+        "dropout_candidate": args.dropout_candidate,
     }
 
 

@@ -1,19 +1,39 @@
 """The baseline: LSTM, GRU and tanh or ReLU RNN language models, as one fused layer or as a loop of cells."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from language_model import LanguageModel, check_probability, check_size
-from regularisation import drop_weights, dropout
+from regularisation import drop_weights, dropout, dropout_mask
 
 # With weight drop, cuDNN copies the weights into one piece of memory at every call, and says so each time.
 # Here and not around the call: warnings.catch_warnings is not safe in the threads of DataParallel.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
 
 LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
+
+
+def lstm_cell(
+    x: Tensor,
+    state: tuple[Tensor, Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    candidate_mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """torch.lstm_cell with a mask, (B, hidden_size), on the candidate that is added to the cells."""
+    hidden, cells = state
+    gates = F.linear(x, weight_ih, bias_ih) + F.linear(hidden, weight_hh, bias_hh)
+    input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=1)
+    candidate = torch.tanh(candidate) * candidate_mask
+    cells = torch.sigmoid(forget_gate) * cells + torch.sigmoid(input_gate) * candidate
+    return torch.sigmoid(output_gate) * torch.tanh(cells), cells
 
 
 class RNNLM(LanguageModel):
@@ -31,6 +51,9 @@ class RNNLM(LanguageModel):
             RMC has one: tied weights then allow any hidden_size.
         locked_dropout, dropout_words, dropout_weights: as in LanguageModel. Locked dropout between the layers
             is locked too; weight drop acts on weight_hh of every layer.
+        dropout_candidate: for the LSTM as a loop of cells alone: probability of dropping a unit of what is
+            added to the cells, the same at all steps of a window (recurrent dropout without memory loss,
+            Semeniuta et al. 2016, arXiv:1603.05118): what the cells hold already stays.
 
     The state is one tensor (B, S, hidden_size): the hidden vectors of the layers, then an LSTM's cells.
 
@@ -55,9 +78,16 @@ class RNNLM(LanguageModel):
         locked_dropout: bool = False,
         dropout_words: float = 0.0,
         dropout_weights: float = 0.0,
+        dropout_candidate: float = 0.0,
     ):
         if model not in LAYERS:
             raise ValueError(f"model must be one of {', '.join(LAYERS)}, got {model!r}")
+        check_probability("dropout_candidate", dropout_candidate)
+        if dropout_candidate and (model != "LSTM" or fused):
+            raise ValueError(
+                "dropout_candidate needs model='LSTM' and fused=False: the fused layer cannot drop what is "
+                f"added to the cells; got model={model!r}, fused={fused}"
+            )
         check_size("hidden_size", hidden_size)
         check_size("num_layers", num_layers)
         check_probability("dropout_hidden", dropout_hidden)
@@ -70,6 +100,7 @@ class RNNLM(LanguageModel):
         between = dropout_hidden if num_layers > 1 else 0.0   # torch warns of dropout without a second layer
         self.rnn = LAYERS[model](embedding_size, hidden_size, num_layers, dropout=between, **options)
         self.fused = fused
+        self.dropout_candidate = dropout_candidate
         self.config = {
             "vocab_size": vocab_size,
             "model": model,
@@ -86,6 +117,7 @@ class RNNLM(LanguageModel):
             "locked_dropout": locked_dropout,
             "dropout_words": dropout_words,
             "dropout_weights": dropout_weights,
+            "dropout_candidate": dropout_candidate,
         }
 
     def initial_state(self, batch_size: int) -> Tensor:
@@ -150,6 +182,9 @@ class RNNLM(LanguageModel):
         inputs, after = embedded, []
         for layer in range(self.rnn.num_layers):
             state = tuple(part[layer] for part in states)
+            if self.training and self.dropout_candidate:
+                mask = dropout_mask(state[1], state[1].shape, self.dropout_candidate)
+                cell = functools.partial(lstm_cell, candidate_mask=mask)
             outputs = []
             for x in inputs.unbind(0):
                 state = cell(x, state, *weights[layer]) if lstm else (cell(x, state[0], *weights[layer]),)

@@ -61,14 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--emsize", type=runs.positive_int, default=192, metavar="UNITS", help="size of a word's embedding"
     )
     add_core_flags(core, memslots=1, headsize=192, numheads=4, attmlplayers=3, keysize=64)
-    lm_flags.add_dropout_flags(core, "the memory's gates and the queries, keys and values")
-    core.add_argument(
-        "--dropout-candidate",
-        type=runs.fraction,
-        default=0.0,
-        metavar="P",
-        help="recurrent dropout of what is written into the memory, one mask per window (Semeniuta et al. "
-        "2016, arXiv:1603.05118); the relational memory core's alone",
+    lm_flags.add_dropout_flags(
+        core, "the memory's gates and the queries, keys and values", "what is written into the memory"
     )
     lm_flags.add_flags(parser, RECIPES)
     return parser
@@ -80,7 +74,6 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
         vocab_size,
         embedding_size=args.emsize,
         cutoffs=cutoffs,
-        dropout_candidate=args.dropout_candidate,
         **core_arguments(args),
         **lm_flags.dropouts(args),
     )

@@ -72,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     network.add_argument(
         "--cudnn",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="torch's fused layer (cuDNN on a GPU) in place of a loop of cells; the same maths",
     )
     network.add_argument(
@@ -81,7 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="a linear layer from the hidden units to --emsize before the softmax, as the relational memory "
         "core has one; --tied then works with any --nhid",
     )
-    lm_flags.add_dropout_flags(network, "weight_hh of every layer", between_layers=True)
+    lm_flags.add_dropout_flags(
+        network,
+        "weight_hh of every layer",
+        "what is added to the LSTM's cells (the loop of cells alone, without --cudnn)",
+        between_layers=True,
+    )
     lm_flags.add_flags(parser, RECIPES)
     return parser
 
@@ -92,6 +98,12 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
         raise ValueError(
             "--tied and --adaptivesoftmax exclude each other: the clusters of adaptive softmax have weights "
             "of their own. Leave one of them away."
+        )
+    if args.dropout_candidate and (args.model != "LSTM" or args.cudnn):
+        raise ValueError(
+            "--dropout-candidate acts inside an LSTM's cells, which only the loop of cells can do (this: "
+            f"{args.model}{' with --cudnn' if args.cudnn else ''}). Give --model LSTM and --no-cudnn, or "
+            "use --dropout-weights, which works with all."
         )
     return RNNLM(
         vocab_size,

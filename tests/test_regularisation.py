@@ -1,5 +1,6 @@
 """Regularisation: one mask per window, expectations kept, evaluation untouched, every path the same."""
 
+import math
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 import lm_flags
 import regularisation
 import relational_rnn_models
+import rnn_models
 import runs
 import train_rmc
 import train_rnn
@@ -62,7 +64,7 @@ def masks(monkeypatch):
         drawn.append(original(*arguments))
         return drawn[-1]
 
-    for module in (regularisation, relational_rnn_models):
+    for module in (regularisation, relational_rnn_models, rnn_models):
         monkeypatch.setattr(module, "dropout_mask", noted)
     return drawn
 
@@ -210,6 +212,61 @@ def test_recurrent_dropout_leaves_features_of_the_candidate_out_for_a_whole_wind
     model(tokens, targets, state)
     assert not torch.equal(masks[0], masks[1])
     assert torch.equal(*(model.eval()(tokens, targets, state)[0] for _ in range(2))) and len(masks) == 2
+
+
+def test_recurrent_dropout_of_an_lstm_has_one_mask_per_layer_and_window(masks, monkeypatch):
+    """Where the candidate is dropped, a cell only fades; with a mask of ones, the cells are torch's."""
+    model = build("lstm", fused=False, dropout_candidate=0.5)
+    tokens, targets = window()
+    state = 0.5 * torch.randn_like(model.initial_state(B))
+    results = [model(tokens, targets, state) for _ in range(2)]
+    assert [mask.shape for mask in masks] == 4 * [(B, 11)] and results[0][0] != results[1][0]
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    dropped = torch.stack(masks[:2], dim=1) == 0
+    before, after = state[:, 2:], results[0][1][:, 2:]  # an LSTM's cells follow its hidden vectors
+    assert dropped.any() and torch.equal(after[dropped].sign(), before[dropped].sign())
+    assert (after[dropped].abs() < before[dropped].abs()).all()
+    assert not torch.equal(after[~dropped].sign(), before[~dropped].sign())
+
+    plain = build("lstm", fused=False)
+    plain.load_state_dict(model.state_dict())
+    same = [m.eval()(tokens, targets, state) for m in (model, plain)]
+    assert len(masks) == 4 and torch.equal(same[0][0], same[1][0]) and torch.equal(same[0][1], same[1][1])
+    monkeypatch.setattr(rnn_models, "dropout_mask", lambda like, shape, p: torch.ones_like(like))
+    compare(model.train(), plain.train())
+
+
+def test_the_cell_with_a_mask_is_that_of_a_loop_over_its_units():
+    torch.manual_seed(1)
+    inputs, size = 4, 3
+    x, hidden, cells = (torch.randn(B, width).double() for width in (inputs, size, size))
+    shapes = [(4 * size, inputs), (4 * size, size), (4 * size,), (4 * size,)]
+    weights = [torch.randn(shape).double() for shape in shapes]
+    mask = torch.tensor([[0, 2, 2], [2, 0, 0], [2, 2, 0]]).double()
+    found = rnn_models.lstm_cell(x, (hidden, cells), *weights, candidate_mask=mask)
+    ih, hh, bias_ih, bias_hh = (weight.tolist() for weight in weights)
+
+    def sigmoid(value):
+        return 1 / (1 + math.exp(-value))
+
+    for b in range(B):
+        for u in range(size):
+            i, f, g, o = (
+                sum(w * v for w, v in zip(ih[row], x[b].tolist(), strict=True)) + bias_ih[row]
+                + sum(w * v for w, v in zip(hh[row], hidden[b].tolist(), strict=True)) + bias_hh[row]
+                for row in range(u, 4 * size, size)
+            )
+            c = sigmoid(f) * cells[b, u].item() + sigmoid(i) * math.tanh(g) * mask[b, u].item()
+            assert found[1][b, u].item() == pytest.approx(c, abs=1e-12)
+            assert found[0][b, u].item() == pytest.approx(sigmoid(o) * math.tanh(c), abs=1e-12)
+
+
+@pytest.mark.parametrize("flags", [["--cudnn"], ["--model", "GRU"], ["--recipe", "wikitext2"]], ids=" ".join)
+def test_recurrent_dropout_is_refused_where_it_cannot_be(flags, corpus_folder, tmp_path):
+    with pytest.raises(runs.UserError, match="Give --model LSTM and --no-cudnn"):
+        run(train_rnn, corpus_folder, tmp_path, *flags, "--dropout-candidate", "0.2")
+    with pytest.raises(ValueError, match="model='LSTM' and fused=False"):
+        build("gru", dropout_candidate=0.2, fused=False)
 
 
 def test_weight_drop_names_the_matrices_that_the_state_is_multiplied_with():
@@ -393,7 +450,7 @@ def test_matrices_decay_and_vectors_do_not():
 EVERYTHING = [
     "--locked-dropout", "--dropout", "0.3", "--dropout-words", "0.2", "--dropout-weights", "0.3",
     "--ar", "2", "--tar", "1", "--weight-decay", "0.1", "--random-bptt", "3", "--warmup", "9",
-    "--embedding-lr", "0.003",
+    "--embedding-lr", "0.003", "--dropout-candidate", "0.2",
 ]
 
 

@@ -40,6 +40,8 @@ for kind in rnn rmc; do
     train "train_$kind" "tiny-$kind-weights" "${tiny[@]}" --dropout-weights 0.1
     if [[ $kind = rmc ]]; then
         train train_rmc tiny-rmc-candidate "${tiny[@]}" --dropout-candidate 0.1
+    else
+        train train_rnn tiny-rnn-candidate "${tiny[@]}" --no-cudnn --dropout-candidate 0.1
     fi
     train "train_$kind" "tiny-$kind-ar-tar" "${tiny[@]}" --ar 1 --tar 0.5
     train "train_$kind" "tiny-$kind-decay" "${tiny[@]}" --weight-decay 0.1
