@@ -5,7 +5,11 @@ mean of their perplexities and, from two runs on, the standard deviation over se
 seed counts once: of several runs with one seed the first that has been tested stands for it, the others are
 named in the column of the seeds and left out of every number. The table goes to standard output.
 
-Example: python compare_runs.py results/tiny/rmc results/tiny/lstm --outf curves.png
+A folder that is no run itself stands for the runs in it and in the folders in it: those of language models that
+have finished an epoch. What is left out is told on standard error.
+
+Examples: python compare_runs.py runs
+          python compare_runs.py results/tiny/rmc results/tiny/lstm --outf curves.png
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import json
 import math
 import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +42,7 @@ HEADER = ("run", "model", "parameters", "valid", "test", "epochs", "minutes", "s
 class Result:
     """A run as a table has it: perplexities (None: not yet), epochs done and the best one, minutes."""
 
+    folder: Path
     run: plot_runs.Run
     record: dict[str, Any]
     valid: float | None
@@ -68,18 +74,20 @@ class Result:
         return any(places.values()) if places else bool(self.run.arguments.get("dropout"))
 
 
+class NoPerplexity(UserError):
+    """The run is not of a language model."""
+
+
 def read_result(folder: Path) -> Result:
     """Reads a run folder.
 
     Raises:
-        UserError: the folder is no run folder, or the run is not of a language model.
+        NoPerplexity: the run is not of a language model.
+        UserError: the folder is no run folder.
     """
     run = plot_runs.read_run(folder)
     if run.script not in plot_runs.LANGUAGE_MODEL_SCRIPTS:
-        raise UserError(
-            f"{folder} is a run of {run.script}.py, which has no perplexity. Give runs of "
-            f"{' or '.join(f'{script}.py' for script in plot_runs.LANGUAGE_MODEL_SCRIPTS)}."
-        )
+        raise NoPerplexity(f"a run of {run.script}.py, which has no perplexity")
     record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     epochs, valid, best_epoch = 0, None, None
     for event in run.events:
@@ -91,7 +99,64 @@ def read_result(folder: Path) -> Result:
     # An interrupted run tests its best model too, but that is not the result of its arguments.
     tests = [event["ppl"] for event in run.events if event.get("event") == "test"]
     seconds = max((event.get("seconds") or 0 for event in run.events), default=0)
-    return Result(run, record, valid, tests[-1] if tests else None, epochs, best_epoch, seconds / 60)
+    return Result(folder, run, record, valid, tests[-1] if tests else None, epochs, best_epoch, seconds / 60)
+
+
+def find_results(folders: Sequence[Path]) -> list[Result]:
+    """The language-model runs among the folders and, of those that are no run themselves, in them.
+
+    Each run counts once. Runs of other scripts, and within a folder those without a finished epoch or that
+    cannot be read, are left out, with a line on standard error.
+
+    Raises:
+        UserError: a folder that is named is not there or its run cannot be read, or no run is left.
+    """
+    results: dict[Path, Result] = {}
+    for named in folders:
+        inside = runs_inside(named) if named.is_dir() and not is_run(named) else [named]
+        if not inside:
+            say_left_out(named, "neither a run folder nor a folder with runs in it")
+        for folder in inside:
+            try:
+                result = read_result(folder)
+            except NoPerplexity as error:
+                say_left_out(folder, str(error))
+            except UserError as error:
+                if folder is named:
+                    raise
+                say_left_out(folder, str(error))
+            else:
+                if folder is not named and result.valid is None:
+                    say_left_out(folder, "no epoch of it is finished")
+                else:
+                    results.setdefault(folder.resolve(), result)
+    if not results:
+        raise UserError(
+            "there is no language-model run to compare. Give run folders of train_rmc.py or train_rnn.py, or "
+            "a folder with such runs."
+        )
+    return list(results.values())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has one of the two files that tell of a run."""
+    return any((folder / name).is_file() for name in ("args.json", "log.jsonl"))
+
+
+def runs_inside(folder: Path) -> list[Path]:
+    """The run folders in a folder, by name, and in those of its folders that are no runs."""
+    found = []
+    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if is_run(child):
+            found.append(child)
+        else:
+            found += sorted(path for path in child.iterdir() if path.is_dir() and is_run(path))
+    return found
+
+
+def say_left_out(folder: Path, reason: str) -> None:
+    """One line for what is not in the table."""
+    print(f"left out: {folder}: {reason.rstrip('.')}", file=sys.stderr)
 
 
 def group(results: Sequence[Result]) -> list[list[Result]]:
@@ -198,7 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="RUN_FOLDER",
-        help="folders with args.json and log.jsonl, as in runs/ and results/",
+        help="folders with args.json and log.jsonl, or folders that hold such, as runs/ and results/ do",
     )
     parser.add_argument("--outf", type=Path, default=None, metavar="PNG", help="also draw the curves")
     return parser
@@ -207,9 +272,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table, draws the curves if asked; returns the exit status."""
     args = build_parser().parse_args(argv)
-    print(markdown([read_result(folder) for folder in args.folders]))
+    results = find_results(args.folders)
+    print(markdown(results))
     if args.outf is not None:
-        plot_runs.draw_runs(args.folders, args.outf)
+        plot_runs.draw_runs([result.folder for result in results], args.outf)
     return 0
 
 

@@ -128,3 +128,37 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path):
     nth = make_run(tmp_path / "nth", script="train_nth_farthest")
     with pytest.raises(UserError, match="has no perplexity"):
         compare_runs.read_result(nth)
+    (tmp_path / "empty").mkdir()
+    for folders, message in [
+        ([nth], "no language-model run to compare"),
+        ([tmp_path / "empty"], "no language-model run to compare"),
+        ([make_run(tmp_path / "good"), tmp_path / "nothing"], "no run folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            compare_runs.main([str(folder) for folder in folders])
+
+
+def test_a_folder_stands_for_the_runs_in_it_and_what_is_left_out_is_told(tmp_path, capsys):
+    inside = tmp_path / "runs"
+    for number, name in enumerate(("b", "a", "plan/c", "plan/deep/d")):
+        make_run(inside / name, lr=number)
+    make_run(inside / "nth", script="train_nth_farthest")
+    (make_run(inside / "young") / "log.jsonl").write_text('{"event": "train", "step": 1}\n')
+    (make_run(inside / "broken") / "args.json").write_text("{")
+    (make_run(inside / "begun") / "log.jsonl").unlink()
+    (inside / "output").mkdir()
+    (inside / "summary.md").write_text("no folder")
+    named = make_run(tmp_path / "named", script="train_nth_farthest")
+    young = make_run(tmp_path / "also young", test=None, lr=9)
+    (young / "log.jsonl").write_text("")
+    picture = tmp_path / "curves.png"
+    folders = (inside, inside / "a", named, young)
+    assert compare_runs.main([*map(str, folders), "--outf", str(picture)]) == 0
+    said = capsys.readouterr()
+    assert [row["run"] for row in cells(said.out)] == ["a", "b", "c", "also young"]
+    told = [line.removeprefix("left out: ").split(": ", 1) for line in said.err.splitlines()]
+    assert [Path(folder).name for folder, _ in told] == ["begun", "broken", "nth", "young", "named"]
+    reasons = ("log.jsonl", "cannot be read", "has no perplexity", "no epoch", "has no perplexity")
+    for (_, reason), words in zip(told, reasons, strict=True):
+        assert words in reason
+    assert picture.is_file()
