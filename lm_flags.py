@@ -297,12 +297,29 @@ WIKITEXT2 = {
 
 
 def apply_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Recipes) -> None:
-    """Makes the values of the recipe asked for the parser's defaults, and says which flags that are."""
-    name = runs.given_arguments(parser, argv).get("recipe")
+    """Makes the values of the recipe asked for the parser's defaults, and says which flags that are.
+
+    What is printed is in force: where the command line gives a flag itself, its value and what it replaces.
+    """
+    given = runs.given_arguments(parser, argv)
+    name = given.get("recipe")
     if name is None:
         return
-    parser.set_defaults(**recipes[name])
-    print(f"recipe {name}: {shlex.join(as_typed(parser, recipes[name]))}")
+    recipe = recipes[name]
+    parser.set_defaults(**recipe)
+    in_force = {flag: given.get(flag, value) for flag, value in recipe.items()}
+
+    def typed(values: Mapping[str, Any]) -> str:
+        return shlex.join(as_typed(parser, values))
+
+    print(f"recipe {name}: {typed(in_force)}")
+    replaced = [
+        f"{typed({flag: in_force[flag]})} in place of {typed({flag: value})}"
+        for flag, value in recipe.items()
+        if in_force[flag] != value
+    ]
+    if replaced:
+        print(f"given beside it: {', '.join(replaced)}")
 
 
 def as_typed(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:

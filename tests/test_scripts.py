@@ -601,7 +601,11 @@ def test_recipe_sets_its_flags_says_so_and_gives_way_to_flags_on_the_command_lin
         + ["--epochs", "1", "--batch_size", "2", "--runs-folder", str(tmp_path / "runs"), "--name", "r"]
     )
     assert status == 0
-    assert "recipe tiny: --data tiny --emsize" in capsys.readouterr().out
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith(f"recipe tiny: --data {tmp_path} --emsize 6 ")
+    assert second.startswith(f"given beside it: --data {tmp_path} in place of --data tiny, --emsize 6 in")
+    assert ("--headsize 4" if script is train_rmc else "--nhid 6") + " in place of" in second
+    assert "--epochs 1 in place of --epochs 11" in second and second.count("in place") == 5
     args = json.loads((tmp_path / "runs" / "r" / "args.json").read_text(encoding="utf-8"))["arguments"]
     recipe = script.RECIPES["tiny"]
     assert args["recipe"] == "tiny" and args["emsize"] == 6 and args["epochs"] == 1
