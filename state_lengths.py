@@ -106,14 +106,24 @@ def state_lengths(
 
 
 def table(rows: Sequence[StateLength], carried: float, columns: int) -> str:
-    """The rows as text, and below them the loss with the state carried through the whole split."""
-    lines = [f"{'words':>9}  {'ppl, reset every so many':>24}  {'ppl, up to so many since a reset':>32}"]
-    lines += [
-        f"{row.words:>9,}  {math.exp(row.loss):>24.2f}  "
-        + (f"{math.exp(row.loss_between):>32.2f}" if row.targets_between else f"{'-':>32}")
-        for row in rows
+    """The rows as text, and below them the loss with the state carried through the whole split.
+
+    On the left perplexity with the state reset every so many words; on the right, by the words since a reset,
+    with resets at the longest of the lengths; each with the number of targets that it is the mean of.
+    """
+    numbers, longest = f"  {'ppl':>9}  {'targets':>9}", f"every {rows[-1].words:,}"
+    lines = [
+        f"{'state reset':>12}{'':22}  |  {'words since a reset':>19}",
+        f"{'every':>12}{numbers}  |  {longest:>19}{numbers}",
     ]
-    return "\n".join([*lines, f"{'all':>9}  {math.exp(carried):>24.2f}  (never reset, {columns} columns)"])
+    for low, row in zip([0, *(row.words for row in rows)], rows, strict=False):
+        since = f"{row.words:,}" if row.words == low + 1 else f"{low + 1:,}-{row.words:,}"
+        between = f"{math.exp(row.loss_between):.2f}" if row.targets_between else "-"
+        lines.append(
+            f"{row.words:>12,}  {math.exp(row.loss):>9.2f}  {row.targets:>9,}  |  "
+            f"{since:>19}  {between:>9}  {row.targets_between:>9,}"
+        )
+    return "\n".join([*lines, f"{'never':>12}  {math.exp(carried):>9.2f}  ({columns} columns)"])
 
 
 def write_csv(path: Path, splits: dict[str, tuple[Sequence[StateLength], float]]) -> None:

@@ -61,7 +61,24 @@ def test_a_length_beyond_the_text_is_the_whole_text_and_its_bin_is_empty():
     rows = state_lengths.state_lengths(model, text, [19, 500, 1000], "cpu")
     assert rows[0].loss == rows[1].loss == rows[2].loss == pytest.approx(rows[0].loss_between)
     assert [row.targets_between for row in rows] == [19, 0, 0] and math.isnan(rows[2].loss_between)
-    assert state_lengths.table(rows, 1.0, 1).count("\n") == 4
+    assert state_lengths.table(rows, 1.0, 1).splitlines()[-2].split() == [
+        "1,000", f"{math.exp(rows[2].loss):.2f}", "19", "|", "501-1,000", "-", "0"
+    ]
+
+
+def test_the_table_labels_its_bins_by_the_words_that_are_in_them():
+    rows = [state_lengths.StateLength(words, math.log(9 - k), 12_345, math.log(7 - k), 1000 * (k + 1))
+            for k, words in enumerate((1, 10, 11, 2000))]
+    lines = state_lengths.table(rows, math.log(3.5), 4).splitlines()
+    assert lines[1].split("|")[1].split() == ["every", "2,000", "ppl", "targets"]
+    assert [line.split() for line in lines[2:]] == [
+        ["1", "9.00", "12,345", "|", "1", "7.00", "1,000"],
+        ["10", "8.00", "12,345", "|", "2-10", "6.00", "2,000"],
+        ["11", "7.00", "12,345", "|", "11", "5.00", "3,000"],
+        ["2,000", "6.00", "12,345", "|", "12-2,000", "4.00", "4,000"],
+        ["never", "3.50", "(4", "columns)"],
+    ]
+    assert len({line.find("|") for line in lines[:-1]}) == 1
 
 
 def test_evaluate_prints_the_table_and_writes_the_csv(corpus_folder, tmp_path, capsys):
@@ -70,7 +87,7 @@ def test_evaluate_prints_the_table_and_writes_the_csv(corpus_folder, tmp_path, c
     command = ["--evaluate", str(folder), "--eval-batch-size", "1", "--state-lengths", "5", "50", "1000"]
     assert train_rnn.main(command) == 0
     output = capsys.readouterr().out
-    assert "reset every so many" in output and "never reset, 1 columns" in output
+    assert "words since a reset" in output and "(1 columns)" in output and " 6-50 " in output
     rows = list(csv.DictReader((folder / "state_lengths.csv").open(encoding="utf-8")))
     assert [(row["split"], row["words"]) for row in rows] == [
         (split, words) for split in ("valid", "test") for words in ("5", "50", "1000", "")
