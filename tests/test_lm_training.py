@@ -33,13 +33,13 @@ def make_corpus(tmp_path):
     return Corpus(tmp_path, Vocabulary([f"w{i}" for i in range(V)]), ids(505, 1), ids(101, 2), ids(97, 3))
 
 
-def make_trainer(tmp_path, kind, *argv):
+def make_trainer(tmp_path, kind, *argv, device="cpu"):
     script, sizes = SCRIPTS[kind]
     args = script.build_parser().parse_args([*sizes, *COMMON, *argv])
     runs.seed_everything(args.seed)
     corpus = make_corpus(tmp_path)
-    model = script.build_model(args, V, lm_flags.choose_softmax(args, V))
-    trainer = lm_training.Trainer(model, corpus, args, kind, torch.device("cpu"))
+    model = script.build_model(args, V, lm_flags.choose_softmax(args, V)).to(device)
+    trainer = lm_training.Trainer(model, corpus, args, kind, torch.device(device))
     trainer.folder = tmp_path
     trainer.log = runs.RunLog(tmp_path / "log.jsonl")
     return trainer
