@@ -40,6 +40,7 @@ from runs import UserError, say
 
 MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
 SCRIPTS = ("train_rmc", "train_rnn")
+FEW_STEPS = 20  # an epoch of fewer is warned of
 LOWER_MEMORY = "--batch_size or --bptt, use --adaptivesoftmax, or raise --accumulate"
 
 
@@ -311,6 +312,7 @@ class Trainer:
         self.interval_clock, self.timed_steps, self.timed_tokens = self.clock, 0, 0
         self.alarm = runs.Alarm(args.save_every)
         self.interrupts = runs.Interrupts()
+        self.first_step = runs.FirstStep(device)
 
     def capture(self) -> None:
         """Prepares a step on a full window for CUDA graphs: as one, or around what lies between the pieces.
@@ -353,6 +355,7 @@ class Trainer:
             runs.keep_freed_memory()
         self.clock = self.interval_clock = time.perf_counter()
         self.alarm.reset()
+        self.first_step = runs.FirstStep(self.device)
         with self.interrupts:
             try:
                 while self.at.epoch <= self.args.epochs:
@@ -373,6 +376,8 @@ class Trainer:
             for end in stops[done:]:
                 self.step(*self.columns.window(self.at.place, end))
                 progress.advance()
+                to_log = -self.at.step % self.args.log_interval
+                self.first_step.tell(min(to_log, len(stops) - progress.done), len(stops), "an epoch")
                 if self.at.step % self.args.log_interval == 0:
                     self.report(progress)
                 stop, save = self.processes.agree(self.interrupts, self.alarm.due())
@@ -811,6 +816,7 @@ def run(
     print(f"model: {type(model).__name__}, {parameters:,} parameters")
     trainer = Trainer(model, corpus, args, kind, device, processes)
     runs.warn_of_long_warmup(args.warmup, trainer.total_steps)
+    warn_of_short_epochs(args, len(trainer.window_stops(1)), len(corpus.train) - 1)
     processes.draw_apart(args.seed)
 
     with processes.run_folder(args, script) as folder:
@@ -847,6 +853,19 @@ def run(
             raise
         tell_test(trainer, trainer.test(), "test")
     return 0
+
+
+def warn_of_short_epochs(args: argparse.Namespace, steps: int, targets: int) -> None:
+    """Warns of a text that batch and window are too large for: learning takes steps, and an epoch has few."""
+    if steps >= FEW_STEPS:
+        return
+    fitting = (targets - 1) // ((FEW_STEPS - 1) * args.bptt)  # columns of more than FEW_STEPS - 1 windows
+    runs.warn(
+        f"the training text has {targets + 1:,} tokens: with --batch_size {args.batch_size} and --bptt "
+        f"{args.bptt} an epoch has no more than {steps} step{'s' * (steps > 1)}, and learning takes many. "
+        + (f"Lower --batch_size to {fitting} or less" if fitting else "Lower --batch_size and --bptt")
+        + ", or train for more --epochs."
+    )
 
 
 def go_on(trainer: Trainer, folder: Path, argv: Sequence[str] | None, new_epochs: bool) -> None:

@@ -1034,6 +1034,49 @@ class Alarm:
         self.last = time.monotonic()
 
 
+# Nothing to be seen for so many seconds is worth a line that says how long it will be.
+LONG_SILENCE = 10.0
+
+
+class FirstStep:
+    """After a session's first step, says what to expect where no line would come for long.
+
+    Its clock starts when it is made. On a GPU it says nothing: the first step sets libraries up there, and
+    the host does not wait for its end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.due = device.type == "cpu"
+        self.start = time.perf_counter()
+
+    def tell(self, steps_to_line: int, steps: int, what: str) -> None:
+        """To be called after each step, of which only the first counts.
+
+        Args:
+            steps_to_line: how many steps there are yet until a line comes.
+            steps: how many `what` has in all.
+        """
+        if not self.due:
+            return
+        self.due = False
+        seconds = time.perf_counter() - self.start
+        if seconds * steps_to_line >= LONG_SILENCE:
+            say(
+                f"the first step took {duration(seconds)}: at this pace the next line comes in about "
+                f"{duration(seconds * steps_to_line)}, and {what} of {steps:,} steps takes about "
+                f"{duration(seconds * steps)}"
+            )
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: '0.25 s', '90 s', '7.5 min', '31 h'."""
+    size, unit = next(
+        ((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s")
+    )
+    value = seconds / size
+    return f"{value:,.{2 if value < 1 else 1 if value < 10 else 0}f} {unit}"
+
+
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere.
 

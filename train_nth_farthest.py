@@ -418,6 +418,7 @@ class Trainer:
         self.start_interval()
         self.clock = self.interval_clock
         self.model.train()
+        first_step = runs.FirstStep(self.device)
         with self.interrupts, runs.Progress(self.args.steps, self.args.model, self.at.step) as progress:
             while not self.finished():
                 self.lr.fill_(learning_rate(self.at.step + 1, self.args))
@@ -426,6 +427,8 @@ class Trainer:
                 self.at.interval_steps += 1
                 self.timed_steps += 1
                 progress.advance()
+                to_log = min(-self.at.step % self.args.log_interval, self.args.steps - self.at.step)
+                first_step.tell(to_log, self.args.steps, "the run")
                 if self.at.step % self.args.log_interval == 0 or self.at.step == self.args.steps:
                     self.report(progress)
                 stop, save, end = self.processes.agree(self.interrupts, saving.due(), ending.due())

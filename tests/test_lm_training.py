@@ -545,3 +545,46 @@ def test_forward_time_is_that_of_all_pieces_of_a_step():
     assert timer.mean_ms(2, pieces=2) == pytest.approx(5) and timer.spans == []
     timer.spans = spans[:3]  # a piece without a span: its graph was replayed
     assert timer.mean_ms(2, pieces=2) is None
+
+
+def test_the_first_step_of_a_session_tells_its_pace_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "LONG_SILENCE", 0.0)
+    told = []
+    monkeypatch.setattr(runs.FirstStep, "tell", lambda step, *given: told.append((step, *given)))
+    trainer = make_trainer(tmp_path, "rnn", "--epochs", "2", "--log-interval", "4")
+    trainer.train(tmp_path)
+    # 7 steps in an epoch, with lines after steps 4 and 8 and at the end of each epoch.
+    assert [given[1:] for given in told[:9]] == [
+        (left, 7, "an epoch") for left in (3, 2, 1, 0, 2, 1, 0, 0, 3)
+    ]
+    assert len(told) == 14 and len({id(given[0]) for given in told}) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "LONG_SILENCE", 0.0)
+    make_trainer(tmp_path, "rnn", "--epochs", "2").train(tmp_path)
+    assert capsys.readouterr().out.count("at this pace the next line") == 1
+
+
+@pytest.mark.parametrize("targets, batch_size, bptt, fitting", [
+    (2379, 14, 15, "--batch_size to 8 or less,"),
+    (151, 7, 9, "--batch_size and --bptt,"),
+    (7, 7, 1, "1 step,"),
+])
+def test_an_epoch_of_few_steps_is_warned_of_with_what_would_fit(targets, batch_size, bptt, fitting, capsys):
+    def steps(columns):
+        return math.ceil(math.ceil(targets / columns) / bptt)
+
+    args = argparse.Namespace(batch_size=batch_size, bptt=bptt)
+    lm_training.warn_of_short_epochs(args, steps(batch_size), targets)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{targets + 1:,} tokens" in said and fitting in said
+    assert f"no more than {steps(batch_size)} step" in said
+    if "to 8" in fitting:
+        assert steps(8) >= lm_training.FEW_STEPS > steps(9)
+    lm_training.warn_of_short_epochs(args, lm_training.FEW_STEPS, targets)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("script", [train_rmc, train_rnn])
+def test_the_bundled_corpus_has_steps_enough_with_its_recipe(script):
+    recipe = script.RECIPES["tiny"]
+    assert 150_056 / recipe["batch_size"] / recipe["bptt"] > lm_training.FEW_STEPS

@@ -840,6 +840,13 @@ def test_bf16_is_for_training_and_not_for_measuring():
     assert set(seen[1:]) == {torch.float32}
 
 
+def test_the_first_step_tells_when_the_next_line_comes_and_how_long_the_run_is(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(script.runs.FirstStep, "tell", lambda step, *given: told.append(given))
+    train(tmp_path, "--steps", 7)
+    assert told == [(left, 7, "the run") for left in (4, 3, 2, 1, 0, 1, 0)]  # lines after steps 5 and 7
+
+
 def test_bf16_and_lstm_train(tmp_path):
     for name, flags in {"bf16": ["--bf16"], "lstm": ["--model", "lstm", "--nhid", 6]}.items():
         status, folder = train(tmp_path, "--steps", 5, *flags, name=name)

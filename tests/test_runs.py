@@ -585,3 +585,30 @@ def test_freed_memory_is_kept_for_the_next_allocation():
         pytest.skip("only glibc can be told")
     handed_back, kept = map(int, answer.stdout.split())
     assert kept < handed_back / 5, "pages were cleared anew"
+
+
+def test_times_are_said_as_people_say_them():
+    times = (0.254, 7.04, 90, 450, 5400, 7200, 4e6)
+    said = ["0.25 s", "7.0 s", "90 s", "7.5 min", "90 min", "2.0 h", "1,111 h"]
+    assert [runs.duration(seconds) for seconds in times] == said
+
+
+@pytest.mark.parametrize("kind, first, steps_to_line, told", [
+    ("cpu", 3.0, 4, "first step took 3.0 s: at this pace the next line comes in about 12 s, and an epoch of "
+                    "1,200 steps takes about 60 min"),
+    ("cpu", 3.0, 3, ""),
+    ("cuda", 3.0, 1000, ""),
+])
+def test_the_first_step_says_what_to_expect_if_nothing_else_would_be_seen_for_long(
+    kind, first, steps_to_line, told, monkeypatch, capsys
+):
+    now = [50.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    step = runs.FirstStep(torch.device(kind))
+    now[0] += first
+    step.tell(steps_to_line, 1200, "an epoch")
+    said = capsys.readouterr().out
+    assert told in said and bool(said) == bool(told) and said.count("\n") == bool(told)
+    now[0] += 1000
+    step.tell(1000, 1200, "an epoch")  # the second step
+    assert capsys.readouterr().out == ""

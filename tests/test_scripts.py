@@ -118,7 +118,8 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
     )
     assert status == 0 and folder.name == "first"
     assert sorted(os.listdir(folder)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
-    output = capsys.readouterr().out
+    output, warned = capsys.readouterr()
+    assert warned.count("warning: ") == 1 and "an epoch has no more than 12 steps" in warned
     for text in (
         "device: CPU",
         "2,380 / 602 / 574",
