@@ -128,7 +128,7 @@ class Variant:
     model: str = "rmc"  # 'rmc', 'lstm' or 'floor'
     fast: bool = True  # the core's fast path, not its plain step; the LSTM's fused layer, not its loop
     per_step_loss: bool = False  # embedding, output layer and softmax at every time step, as written naively
-    deferred: bool | None = None  # weight gradients of many steps at once; None = by the core's own rule
+    deferred: bool | None = None  # weight gradients after the time loop; None = by the core's own rule
     chunked: bool = True  # cross-entropy in chunks, not on all logits at once
     fused_adam: bool = True
     graph: bool = True  # capture as a CUDA graph; no effect on a CPU
@@ -151,7 +151,7 @@ LSTM = Variant("LSTM fused", model="lstm")
 LSTM_LOOP = Variant("LSTM loop of cells", model="lstm", fast=False, graph=False)
 FLOOR = Variant("floor: matrix products only", model="floor")
 EACH_STEP = replace(FAST, label="RMC fast path, weight gradients at every step", deferred=False)
-AFTER_LOOP = replace(FAST, label="RMC fast path, weight gradients of many steps at once", deferred=True)
+AFTER_LOOP = replace(FAST, label="RMC fast path, weight gradients after the loop", deferred=True)
 
 LM_VARIANTS = [NAIVE, NAIVE_FUSED_ADAM, PLAIN, FAST, LSTM, LSTM_LOOP, FLOOR]
 NTH_VARIANTS = [
@@ -200,6 +200,7 @@ def settings(variant: Variant, device: torch.device) -> Iterator[None]:
     changes = []
     if variant.deferred is not None:
         changes.append((relational_rnn_general, "DEFERRED_ROWS", sys.maxsize if variant.deferred else 0))
+        changes.append((relational_rnn_general, "DEFERRED_SPAN", sys.maxsize))
     if not variant.chunked:
         changes.append((output_layers, "linear_cross_entropy", plain_linear_cross_entropy))
     before = [getattr(module, name) for module, name, _ in changes]

@@ -38,8 +38,8 @@ NORM_EPSILON = 1e-5
 
 # Rows per time step (B * R) up to which the recurrent weights' gradients wait for products over many steps.
 DEFERRED_ROWS = 512
-# How many rows (time steps * B) wait for one product on a CPU: enough for a fast one, and few to be kept. On
-# other devices it is the whole window, as many as they can have for their many cores.
+# How many memory rows (steps * B * N) wait for one product on a CPU: enough for a fast one, few to be kept.
+# On other devices they are those of the whole window.
 DEFERRED_SPAN = 512
 
 
@@ -840,8 +840,8 @@ def _block(shape, weights, index, t, z, given, rows, tape):
 def _attend_pair(shape, own, given, queries, tape):
     """One memory row attends over itself and one input row: softmax over two scores is a sigmoid.
 
-    own (B, 1, H, 2K + V) has the memory row's queries, keys and values, given the input row's keys and
-    values. Returns the update (B, 1, H, V).
+    own (B, 1, H, 2K + V) has the memory row's queries, keys and values, and is overwritten; given has the
+    input row's keys and values. Returns the update (B, 1, H, V).
     """
     query, key, value = own.squeeze(1).split(shape.qkv_sizes, dim=-1)
     # In the place of what they are made from: that is not needed again, and `query` keeps it alive.
@@ -877,13 +877,14 @@ def _attend_rows(shape, own, given, queries, tape):
 
     own (B, S, H, 2K + V) and given (B, H, M, 2K + V), or None, are the rows' queries, keys and values. Each
     of the three is laid out by itself, and the weights are kept as (B * H, keys R, queries Q): on a CPU the
-    batched products and the softmax are much faster so than on views with few and short last rows.
+    batched products and the softmax are much faster so than on views with few and short last rows. On a GPU
+    this has not been compared.
     """
     rows = own.size(1) + (0 if given is None else given.size(2))
-    own = own.transpose(1, 2).split(shape.qkv_sizes, dim=-1)
-    given = (None,) * 3 if given is None else given.split(shape.qkv_sizes, dim=-1)
+    own_parts = own.transpose(1, 2).split(shape.qkv_sizes, dim=-1)
+    given_parts = (None,) * 3 if given is None else given.split(shape.qkv_sizes, dim=-1)
     counts = queries, rows, rows
-    query, key, value = (_gather(*parts) for parts in zip(own, given, counts, strict=True))
+    query, key, value = (_gather(*parts) for parts in zip(own_parts, given_parts, counts, strict=True))
     weights = torch.bmm(key, query.transpose(1, 2)).softmax(dim=1)
     tape.keep(query=query, key=key, value=value, weights=weights)
     update = torch.bmm(weights.transpose(1, 2), value)
@@ -915,11 +916,11 @@ def _attend_rows_backward(shape, kept, grad_update, grad_given):
         torch.bmm(grad_scores, query),
         torch.bmm(weights, grad_update),
     )
-    given = (None,) * 3 if grad_given is None else grad_given.split(shape.qkv_sizes, dim=-1)
+    given_parts = (None,) * 3 if grad_given is None else grad_given.split(shape.qkv_sizes, dim=-1)
     rows = key.size(1) - (0 if grad_given is None else grad_given.size(2))
     grad_own = key.new_empty(batch, rows, shape.heads, sum(shape.qkv_sizes))
-    own = grad_own.transpose(1, 2).split(shape.qkv_sizes, dim=-1)
-    for grad, to_own, to_given in zip(grads, own, given, strict=True):
+    own_parts = grad_own.transpose(1, 2).split(shape.qkv_sizes, dim=-1)
+    for grad, to_own, to_given in zip(grads, own_parts, given_parts, strict=True):
         _scatter(grad.view(batch, shape.heads, -1, grad.size(-1)), to_own, to_given)
     return grad_own.view(batch * rows, -1)
 
@@ -1002,7 +1003,9 @@ class _NormGradient:
 def _scan_backward(shape, weights, tapes, deferred, memory, mask, memories, grad_memories, grad_last):
     """The time loop backwards; returns gradients by memory, qkv_in, gate_in, rows and the flat weights."""
     steps, batch, slots, width = memories.shape
-    span = max(1, min(steps, DEFERRED_SPAN // batch)) if memory.device.type == "cpu" else steps
+    span = steps
+    if memory.device.type == "cpu":
+        span = max(1, min(steps, DEFERRED_SPAN // (batch * slots)))
 
     def linear_gradient(weight, rows):
         stack = memory.new_empty(span, batch * rows, weight.size(0)) if deferred else None
@@ -1109,8 +1112,8 @@ def _scan_backward(shape, weights, tapes, deferred, memory, mask, memories, grad
 def _multiply_stacks(shape, tapes, memory, memories, qkv_grads, mlp_grads, gate_grad, start, stop):
     """The products over time steps start to stop: kept errors times stacked inputs, for all weights."""
 
-    def multiply(gradient, inputs, start):
-        gradient.accumulate(gradient.errors(start, start + len(inputs)), inputs.flatten(0, -2))
+    def multiply(gradient, inputs, first):
+        gradient.accumulate(gradient.errors(first, first + len(inputs)), inputs.flatten(0, -2))
 
     # The first block's input is the memory before each step: the initial one, then all but the last.
     if start == 0:

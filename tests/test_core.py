@@ -190,9 +190,11 @@ def test_fast_path_equals_plain_step_in_outputs_memories_and_every_gradient(opti
     steps, used, deferred = options.pop("steps"), options.pop("used"), options.pop("deferred")
     masked = options.pop("masked")
     monkeypatch.setattr(relational_rnn_general, "DEFERRED_ROWS", 512 if deferred else 0)
-    # Two steps per product, so that the last one of a window of T steps has but one.
-    monkeypatch.setattr(relational_rnn_general, "DEFERRED_SPAN", 2 * B + 1)
     core = make_core(head_size=5, num_heads=3, forget_bias=0.7, input_bias=-0.2, **options)
+    # Two steps per product, so that the last one of a window of T steps has but one; or one step, for want of
+    # room.
+    span = 1 if masked else 2 * B * core.mem_slots + 1
+    monkeypatch.setattr(relational_rnn_general, "DEFERRED_SPAN", span)
     rows = (core.input_rows, INPUT) if core.input_rows > 1 else (INPUT,)
     inputs = randn(B, steps, *rows, requires_grad=True)
     memory = randn(B, core.mem_slots, core.mem_size, requires_grad=True, seed=2)
@@ -266,8 +268,33 @@ def test_many_windows_with_dropout_and_odd_lengths_equal_between_paths():
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
 
 
-def test_backward_twice_through_a_retained_graph(fast):
-    core = make_core()
+@pytest.mark.parametrize("rows", [512, 5])
+@pytest.mark.parametrize("slots", [1, N])
+def test_errors_wait_for_so_many_rows_and_no_longer(slots, rows, monkeypatch):
+    """This bounds the memory of the backward pass."""
+    made, gradient = [], relational_rnn_general._LinearGradient
+
+    def noting(weight, stack):
+        made.append((weight, stack))
+        return gradient(weight, stack)
+
+    monkeypatch.setattr(relational_rnn_general, "_LinearGradient", noting)
+    monkeypatch.setattr(relational_rnn_general, "DEFERRED_SPAN", rows)
+    core = make_core(mem_slots=slots)
+    core(randn(B, T, INPUT))[0].sum().backward()
+    steps = T if rows == 512 else max(1, 5 // (B * slots))
+    stacks = [stack for weight, stack in made if slots > 1 or weight.size(0) != 2 * D]
+    assert len(stacks) == 3 + (slots > 1) and {len(stack) for stack in stacks} == {steps}
+    # A step with too many rows does not wait at all.
+    monkeypatch.setattr(relational_rnn_general, "DEFERRED_ROWS", B * (slots + 1) - 1)
+    made.clear()
+    core(randn(B, T, INPUT))[0].sum().backward()
+    assert [stack for weight, stack in made if slots > 1 or weight.size(0) != 2 * D] == [None] * len(stacks)
+
+
+@pytest.mark.parametrize("slots", [1, N])
+def test_backward_twice_through_a_retained_graph(slots, fast):
+    core = make_core(mem_slots=slots)
     core.fast = fast
     outputs, _ = core(randn(B, T, INPUT))
     loss = outputs.square().sum()

@@ -14,6 +14,7 @@ from test_lm_training import ADAPTIVE, SCRIPTS, ids, make_trainer
 
 import lm_training
 import output_layers
+import relational_rnn_general
 from output_layers import AdaptiveSoftmax, FullSoftmax
 from relational_rnn_general import RelationalMemory
 
@@ -38,22 +39,31 @@ def randn(*shape, seed=1):
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("deferred", [0, 512])
 @pytest.mark.parametrize(
     "options",
-    [{"mem_slots": 1}, {"mem_slots": 3}, {"mem_slots": 3, "num_blocks": 2, "gate_style": "memory"}],
-    ids=["one-slot", "slots", "blocks"],
+    [
+        {"mem_slots": 1},
+        {"mem_slots": 3},
+        {"mem_slots": 3, "num_blocks": 2, "gate_style": "memory"},
+        {"mem_slots": 2, "input_rows": 2, "gate_style": None},
+    ],
+    ids=["one-slot", "slots", "blocks", "rows"],
 )
-def test_the_core_on_a_gpu_equals_the_core_on_a_cpu(options, fast):
+def test_the_core_on_a_gpu_equals_the_core_on_a_cpu(options, deferred, fast, monkeypatch):
+    monkeypatch.setattr(relational_rnn_general, "DEFERRED_ROWS", deferred)
     torch.manual_seed(2)
     sizes = {"head_size": 5, "input_size": 11, "num_heads": 3, "key_size": 4}
     core = RelationalMemory(**sizes, return_all_outputs=True, **options)
     core.double().fast = fast
-    inputs, memory = randn(2, 7, 11), randn(2, core.mem_slots, core.mem_size, seed=3)
+    inputs = randn(2, 7, 11) if core.input_rows == 1 else randn(2, 7, core.input_rows, 11)
+    memory = randn(2, core.mem_slots, core.mem_size, seed=3)
+    mask = randn(2, core.mem_slots, core.mem_size, seed=4)
     results = []
     for device in (torch.device("cpu"), DEVICE):
         core.to(device).zero_grad()
         given = [x.detach().to(device).requires_grad_() for x in (inputs, memory)]
-        outputs, last = core(*given)
+        outputs, last = core(*given, candidate_mask=mask.to(device))
         (outputs.square().sum() + last.sum()).backward()
         gradients = [x.grad for x in (*given, *core.parameters())]
         results.append([x.detach().cpu().clone() for x in (outputs, last, *gradients)])
