@@ -32,7 +32,11 @@ from runs import UserError
 # Arguments that change nothing in a run's numbers but the seed's.
 NOT_COMPARED = runs.RESUME_MAY_CHANGE | {"seed", "name", "evaluate", "state_lengths", "collective_timeout"}
 # Absent from the arguments of runs that are older than the flags, with the values of runs without them.
-LATER_FLAGS = {"embedding_lr": None, "dropout_candidate": 0.0}
+LATER_FLAGS = {
+    "ar": 0.0, "average": "none", "average_decay": 0.999, "average_trigger": 5, "dropout_candidate": 0.0,
+    "dropout_weights": 0.0, "dropout_words": 0.0, "embedding_lr": None, "locked_dropout": False,
+    "random_bptt": None, "tar": 0.0, "weight_decay": 0.0,
+}  # fmt: skip
 # Flags that the row's command leaves out, each with a value: the row stands for several seeds and folders.
 LEFT_OUT = ("--seed", "--name", "--runs-folder", "--resume", "--save-every")
 HEADER = ("run", "model", "parameters", "valid", "test", "epochs", "minutes", "seeds", "hardware", "command")

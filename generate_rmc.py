@@ -33,10 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         default=None,
         metavar="FILE_OR_RUN",
-        help="a checkpoint, or a run folder for its best.pt (default: best.pt of the newest run)",
+        help="a checkpoint, or a run folder for its best.pt (default: the newest of a language model)",
     )
     source.add_argument(
-        "--runs-folder", default="runs", metavar="FOLDER", help="where to look for the newest run"
+        "--runs-folder", default="runs", metavar="FOLDER", help="where to look for it"
     )
     source.add_argument(
         "--data",
@@ -221,7 +221,7 @@ def find_model(args: argparse.Namespace) -> Path:
             f"no trained model: no run of a language model in {args.runs_folder} has a best.pt. "
             "Train one first (python train_rmc.py), or name one with --checkpoint."
         )
-    print(f"checkpoint: {run / 'best.pt'}, of the newest run in {args.runs_folder}")
+    print(f"checkpoint: {run / 'best.pt'}, the newest of a language model in {args.runs_folder}")
     return run / "best.pt"
 
 

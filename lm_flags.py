@@ -300,11 +300,17 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None, re
     """Makes the values of the recipe asked for the parser's defaults, and says which flags that are.
 
     What is printed is in force: where the command line gives a flag itself, its value and what it replaces.
+    With --resume it is not asked: the run's args.json has all flags, those of its recipe too.
+
+    Raises:
+        UserError: the command line asks for no training.
     """
     given = runs.given_arguments(parser, argv)
     name = given.get("recipe")
-    if name is None:
+    if name is None or given.get("resume") is not None:
         return
+    if given.get("evaluate") is not None:
+        raise UserError("--recipe sets flags of training; --evaluate trains nothing. Leave --recipe away.")
     recipe = recipes[name]
     parser.set_defaults(**recipe)
     in_force = {flag: given.get(flag, value) for flag, value in recipe.items()}

@@ -495,11 +495,11 @@ class Trainer:
         if perplexity(loss) == math.inf:
             raise UserError(self.diverged(f"validation loss is {loss:.4g} nats"))
         train_loss = self.at.epoch_nats / self.at.epoch_tokens
-        best, model, averaged, text = loss, self.model, {}, ""
+        best, model, averaged, average_ppl = loss, self.model, {}, None
         if self.average is not None and self.average.steps:
             average_loss = self.evaluate("valid", self.interrupts, self.average.model)
             averaged = {"average_loss": average_loss, "average_ppl": perplexity(average_loss)}
-            text = f", averaged {averaged['average_ppl']:.2f}"
+            average_ppl = averaged["average_ppl"]
             if average_loss < loss:
                 best, model = average_loss, self.average.model
         better = best < self.at.best_valid
@@ -514,7 +514,10 @@ class Trainer:
         )
         say(
             f"epoch {self.at.epoch}: train ppl {perplexity(train_loss):.2f} | valid loss {loss:.4f}, ppl "
-            f"{perplexity(loss):.2f}{text}{' (best)' if better else ''} | {self.at.seconds:.0f} s"
+            f"{perplexity(loss):.2f}{' (best)' if better and model is self.model else ''}"
+            + ("" if average_ppl is None else f", averaged {average_ppl:.2f}")
+            + (" (best)" if better and model is not self.model else "")
+            + f" | {self.at.seconds:.0f} s"
         )
         self.step_schedule(loss)
         if self.average is not None:
@@ -762,6 +765,17 @@ def split_named(name: str, flag: str) -> Iterator[None]:
         raise UserError(f"{name}.txt and {flag} do not fit: {error}") from None
 
 
+@contextlib.contextmanager
+def text_may_have_moved(known_from_the_run: object) -> Iterator[None]:
+    """Adds what to do to a UserError from within, where it was the run that named the text."""
+    try:
+        yield
+    except UserError as error:
+        if not known_from_the_run:
+            raise
+        raise UserError(f"{error} If the text has moved, name its new place with --data.") from None
+
+
 # ---- the scripts' main program
 
 
@@ -787,8 +801,8 @@ def run(
     Returns:
         the exit status: 0, or 128 + the number of the signal that stopped the run.
     """
-    apply_recipe(parser, argv, recipes)
     argv = distributed.arguments_to_go_on(parser, argv)
+    apply_recipe(parser, argv, recipes)
     may_change = ("epochs", "data", "evaluate", "state_lengths")
     args = runs.parse_arguments(parser, argv, script, may_change)
     if args.state_lengths and args.evaluate is None:
@@ -799,7 +813,7 @@ def run(
         return score(args, runs.given_arguments(parser, argv))
     device, processes = distributed.start(args)
     runs.seed_everything(args.seed)
-    with processes.one_per_host_first():
+    with processes.one_per_host_first(), text_may_have_moved(args.resume):
         corpus = load_corpus(args.data, args.vocab_from)
     print(
         f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
@@ -880,8 +894,11 @@ def go_on(trainer: Trainer, folder: Path, argv: Sequence[str] | None, new_epochs
     if processes.is_main:
         runs.note_resume(folder, args, argv, **processes.facts)
         runs.RunLog(folder / "log.jsonl").write("resume", epoch=trainer.at.epoch, step=trainer.at.step)
+    if trainer.at.epoch > args.epochs:
+        print(f"nothing to train: all {args.epochs} epochs are done. To go on, give more --epochs.")
     print(
-        f"run folder: {folder}, resumed at step {trainer.at.step:,} in epoch {trainer.at.epoch}",
+        f"run folder: {folder}, resumed at step {trainer.at.step:,} in epoch "
+        f"{min(trainer.at.epoch, args.epochs)}",
         flush=True,
     )
 
@@ -947,7 +964,7 @@ def score(args: argparse.Namespace, given: dict[str, Any]) -> int:
     saved = checkpoint.get("args")
     saved = saved if isinstance(saved, dict) else {}
     vocab_from = saved.get("vocab_from") if saved.get("vocab_from") in ("all", "train") else args.vocab_from
-    with processes.one_per_host_first():
+    with processes.one_per_host_first(), text_may_have_moved("data" not in given):
         corpus = load_corpus(args.data if "data" in given else str(saved.get("data", args.data)), vocab_from)
     columns = args.eval_batch_size
     if "eval_batch_size" not in given and isinstance(saved.get("eval_batch_size"), int):

@@ -105,6 +105,11 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
             f"{args.model}{' with --cudnn' if args.cudnn else ''}). Give --model LSTM and --no-cudnn, or "
             "use --dropout-weights, which works with all."
         )
+    if args.tied and not args.project and args.emsize != args.nhid:
+        raise ValueError(
+            "--tied has embedding and softmax share one matrix, so --nhid must equal --emsize, got "
+            f"{args.nhid} and {args.emsize}. Make them equal, or give --project."
+        )
     return RNNLM(
         vocab_size,
         model=args.model,

@@ -240,7 +240,7 @@ CONTRADICTIONS = [
     ("train_rmc", "--adaptivesoftmax --cutoffs 5 22", ["vocabulary size 22", r"got \[5, 22\]"]),
     ("train_rnn", "--adaptivesoftmax --cutoffs 2147483647", ["vocabulary size 22", "Try --cutoffs"]),
     ("train_rnn", "--tied --adaptivesoftmax", ["--tied and --adaptivesoftmax exclude", "Leave one"]),
-    ("train_rnn", "--tied", ["tied needs", "12", "14"]),
+    ("train_rnn", "--tied", ["--tied", "--nhid", "12", "14", "--project"]),
     ("train_rmc", "--evaluate RUN --resume RUN", ["--evaluate and --resume exclude"]),
     ("train_nth_farthest", "--evaluate RUN --resume RUN", ["--evaluate and --resume exclude"]),
     ("train_nth_farthest", "--total-units 16", ["--total-units and --headsize exclude"]),

@@ -60,7 +60,7 @@ def test_the_logs_in_results_give_the_numbers_of_the_readme(capsys, tmp_path):
 def test_seeds_of_the_same_arguments_are_one_row_with_mean_and_deviation(tmp_path, capsys):
     tests = [19.0, 20.5, 24.0]
     # An older run knows nothing of flags that newer ones were not given.
-    flags = [{}, {"embedding_lr": None}, {"dropout_candidate": 0.0}]
+    flags = [{}, {"embedding_lr": None, "tar": 0.0}, {"dropout_candidate": 0.0, "average_decay": 0.999}]
     folders = [make_run(tmp_path / f"run{seed}", seed, test=test, **more)
                for seed, (test, more) in enumerate(zip(tests, flags, strict=True), start=1)]
     other = make_run(tmp_path / "other", lr=0.2, average=18.5, embedding_lr=0.1)

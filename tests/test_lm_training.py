@@ -588,3 +588,14 @@ def test_an_epoch_of_few_steps_is_warned_of_with_what_would_fit(targets, batch_s
 def test_the_bundled_corpus_has_steps_enough_with_its_recipe(script):
     recipe = script.RECIPES["tiny"]
     assert 150_056 / recipe["batch_size"] / recipe["bptt"] > lm_training.FEW_STEPS
+
+
+@pytest.mark.parametrize(("own", "averaged"), [(2.0, 1.5), (1.5, 2.0)])
+def test_the_better_of_weights_and_average_is_called_the_best(tmp_path, capsys, own, averaged):
+    trainer = make_trainer(tmp_path, "rnn", "--average", "ema")
+    trainer.average.steps, trainer.at.epoch_tokens = 1, 1
+    trainer.evaluate = lambda split, interrupts=None, model=None: own if model is None else averaged
+    trainer.validate()
+    said = capsys.readouterr().out
+    best, other = f"{math.exp(min(own, averaged)):.2f} (best)", f"{math.exp(max(own, averaged)):.2f} (best)"
+    assert best in said and other not in said and said.count("(best)") == 1

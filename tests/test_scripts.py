@@ -614,6 +614,34 @@ def test_recipe_sets_its_flags_says_so_and_gives_way_to_flags_on_the_command_lin
         assert args[flag] == recipe[flag] != script.build_parser().get_default(flag), flag
 
 
+def test_a_recipe_is_not_asked_again_when_its_run_goes_on(tmp_path, capsys, monkeypatch):
+    """The run's own flags count: the recipe's, and those that were given beside it."""
+    text, sizes = str(write_corpus(tmp_path / "text")), ["--emsize", "6", "--nhid", "6", "--bptt", "8"]
+    begun = ["--recipe", "wikitext2", "--data", text, *sizes, "--warmup", "1", "--epochs", "1"]
+    begun += ["--runs-folder", str(tmp_path), "--name", "r"]
+    assert train_rnn.main(begun) == 0
+    folder = tmp_path / "r"
+    capsys.readouterr()
+    assert train_rnn.main(["--resume", str(folder), "--recipe", "wikitext2", "--epochs", "2"]) == 0
+    assert "recipe wikitext2:" not in capsys.readouterr().out
+    args = runs.load_checkpoint(folder / "last.pt")["args"]
+    assert args["dropout_input"] == 0.4 and args["emsize"] == 6 and args["epochs"] == 2
+    # As torchrun does it, with the command line that began the run; here with nothing left to do.
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    again = [word if word != "1" or begun[i - 1] != "--epochs" else "2" for i, word in enumerate(begun)]
+    assert train_rnn.main(again) == 0
+    assert "nothing to train: all 2 epochs are done" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--recipe cannot change"):
+        train_rnn.main(["--resume", str(folder), "--recipe", "tiny"])
+    with pytest.raises(UserError, match="trains nothing"):
+        train_rnn.main(["--evaluate", str(folder), "--recipe", "tiny"])
+    (tmp_path / "text").rename(tmp_path / "moved")
+    for flag in ("--evaluate", "--resume"):
+        with pytest.raises(UserError, match="name its new place with --data"):
+            train_rnn.main([flag, str(folder)])
+    assert train_rnn.main(["--evaluate", str(folder), "--data", str(tmp_path / "moved")]) == 0
+
+
 def test_evaluate_uses_the_columns_of_the_run_unless_told_otherwise(corpus_folder, tmp_path, capsys):
     """What a run printed at its end comes out again, and not where other columns are given."""
     _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1")
