@@ -176,6 +176,7 @@ def test_one_plan_at_a_time_works_on_a_folder(plan, tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
 def test_a_closed_terminal_stops_the_plan_unless_it_is_told_to_stay(plan, tmp_path, monkeypatch):
     args = plan.build_parser().parse_args(["--out", str(tmp_path)])
+    monkeypatch.setattr(plan.signal, "getsignal", lambda number: signal.SIG_DFL)  # under nohup too
     stopped = plan.Plan(args)
     plan.handlers[signal.SIGHUP](signal.SIGHUP, None)
     assert stopped.over
