@@ -19,7 +19,6 @@ import json
 import math
 import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,51 +115,26 @@ def find_results(folders: Sequence[Path]) -> list[Result]:
         UserError: a folder that is named is not there or its run cannot be read, or no run is left.
     """
     results: dict[Path, Result] = {}
-    for named in folders:
-        inside = runs_inside(named) if named.is_dir() and not is_run(named) else [named]
-        if not inside:
-            say_left_out(named, "neither a run folder nor a folder with runs in it")
-        for folder in inside:
-            try:
-                result = read_result(folder)
-            except NoPerplexity as error:
-                say_left_out(folder, str(error))
-            except UserError as error:
-                if folder is named:
-                    raise
-                say_left_out(folder, str(error))
+    for folder, named in plot_runs.run_folders(folders):
+        try:
+            result = read_result(folder)
+        except NoPerplexity as error:
+            plot_runs.say_left_out(folder, str(error))
+        except UserError as error:
+            if named:
+                raise
+            plot_runs.say_left_out(folder, str(error))
+        else:
+            if not named and result.valid is None:
+                plot_runs.say_left_out(folder, "no epoch of it is finished")
             else:
-                if folder is not named and result.valid is None:
-                    say_left_out(folder, "no epoch of it is finished")
-                else:
-                    results.setdefault(folder.resolve(), result)
+                results.setdefault(folder.resolve(), result)
     if not results:
         raise UserError(
             "there is no language-model run to compare. Give run folders of train_rmc.py or train_rnn.py, or "
             "a folder with such runs."
         )
     return list(results.values())
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder has one of the two files that tell of a run."""
-    return any((folder / name).is_file() for name in ("args.json", "log.jsonl"))
-
-
-def runs_inside(folder: Path) -> list[Path]:
-    """The run folders in a folder, by name, and in those of its folders that are no runs."""
-    found = []
-    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if is_run(child):
-            found.append(child)
-        else:
-            found += sorted(path for path in child.iterdir() if path.is_dir() and is_run(path))
-    return found
-
-
-def say_left_out(folder: Path, reason: str) -> None:
-    """One line for what is not in the table."""
-    print(f"left out: {folder}: {reason.rstrip('.')}", file=sys.stderr)
 
 
 def group(results: Sequence[Result]) -> list[list[Result]]:

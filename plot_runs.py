@@ -3,6 +3,12 @@
 Language-model runs are drawn as perplexity against epochs and against minutes; runs of train_nth_farthest.py
 as accuracy and loss against steps and against minutes, with lines for chance, for the plateau of a model that
 knows only that the nearest vector is the reference itself, and for the paper's 91 %.
+
+A folder that is no run itself stands for the runs in it and in the folders in it; what cannot be drawn of
+these is left out, and told on standard error.
+
+Examples: python plot_runs.py runs
+          python plot_runs.py results/nth_farthest/small/rmc --outf accuracy.png
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,18 +96,78 @@ def read_run(folder: Path) -> Run:
     return Run(folder.resolve().name, script, arguments, runs.read_log(folder / "log.jsonl"))
 
 
-def draw_runs(folders: Sequence[Path], path: Path) -> None:
-    """Draws the runs' curves into a PNG.
+def run_folders(folders: Sequence[Path]) -> list[tuple[Path, bool]]:
+    """Run folders: those given (True) and, of folders that are no runs themselves, those inside (False).
+
+    A folder with nothing in it is told on standard error. Whether the runs can be read is not looked at.
+    """
+    found: list[tuple[Path, bool]] = []
+    for folder in folders:
+        if is_run(folder) or not folder.is_dir():
+            found.append((folder, True))
+        elif inside := runs_inside(folder):
+            found += [(run, False) for run in inside]
+        else:
+            say_left_out(folder, "neither a run folder nor a folder with runs in it")
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has one of the two files that tell of a run."""
+    return any((folder / name).is_file() for name in ("args.json", "log.jsonl"))
+
+
+def runs_inside(folder: Path) -> list[Path]:
+    """The run folders in a folder, by name, and in those of its folders that are no runs."""
+    found = []
+    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if is_run(child):
+            found.append(child)
+        else:
+            found += sorted(path for path in child.iterdir() if path.is_dir() and is_run(path))
+    return found
+
+
+def say_left_out(folder: Path, reason: str) -> None:
+    """One line for a run that is not in the table or the picture."""
+    print(f"left out: {folder}: {reason.rstrip('.')}", file=sys.stderr)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of the folders, each once; of runs found in a folder, those that can be drawn.
+
+    Raises:
+        UserError: a folder that was named itself is no run, or no run is left.
+    """
+    found: dict[Path, Run] = {}
+    for folder, named in run_folders(folders):
+        try:
+            run = read_run(folder)
+            if not named:
+                require_events([run], "train" if run.script == NTH_FARTHEST_SCRIPT else "valid")
+        except UserError as error:
+            if named:
+                raise
+            say_left_out(folder, str(error))
+        else:
+            found.setdefault(folder.resolve(), run)
+    if not found:
+        raise UserError("there is no run to draw. Give run folders, or a folder with runs that have begun.")
+    return list(found.values())
+
+
+def draw_runs(folders: Sequence[Path], path: Path) -> int:
+    """Draws the runs' curves into a PNG; returns how many runs these are.
 
     Args:
-        folders: run folders, all of language models or all of Nth farthest.
+        folders: run folders or folders that hold such, all of language models or all of Nth farthest.
         path: the PNG to write.
 
     Raises:
         UserError: no matplotlib, a folder that cannot be drawn, both kinds at once, or nothing logged yet.
     """
     plt = import_pyplot()
-    found = [read_run(folder) for folder in folders]
+    found = read_runs(folders)
     kinds = {run.script == NTH_FARTHEST_SCRIPT for run in found}
     if len(kinds) > 1:
         names = ", ".join(f"{run.label} ({run.script})" for run in found)
@@ -110,6 +177,7 @@ def draw_runs(folders: Sequence[Path], path: Path) -> None:
     draw = draw_nth_farthest if kinds == {True} else draw_language_models
     figure = draw(plt, found)
     save(figure, plt, path)
+    return len(found)
 
 
 def save(figure: Any, plt: Any, path: Path) -> None:
@@ -252,7 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="RUN_FOLDER",
-        help="folders with args.json and log.jsonl, as in runs/ and results/",
+        help="folders with args.json and log.jsonl, or folders that hold such, as runs/ and results/ do",
     )
     parser.add_argument(
         "--outf", type=Path, default=Path("runs.png"), metavar="PNG", help="the picture to write"
@@ -263,8 +331,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws what the command line asks for; returns the exit status."""
     args = build_parser().parse_args(argv)
-    draw_runs(args.folders, args.outf)
-    print(f"curves of {len(args.folders)} run{'s' if len(args.folders) > 1 else ''}: {args.outf}")
+    count = draw_runs(args.folders, args.outf)
+    print(f"curves of {count} run{'s' if count > 1 else ''}: {args.outf}")
     return 0
 
 

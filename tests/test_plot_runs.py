@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +118,22 @@ def test_the_command_writes_a_small_png(tmp_path, capsys):
     assert (tmp_path / "lm.png").read_bytes().startswith(PNG)
 
 
+def test_a_folder_stands_for_the_runs_in_it_and_what_is_left_out_is_told(tmp_path, capsys):
+    inside = tmp_path / "runs"
+    (inside / "deep").mkdir(parents=True)
+    for name in ("b", "a", "deep/c"):
+        nth_farthest_run(inside, name)
+    nth_farthest_run(inside, "young", accuracies=())
+    (nth_farthest_run(inside, "begun") / "log.jsonl").unlink()
+    (tmp_path / "empty").mkdir()
+    folders = (tmp_path / "empty", inside, inside / "a")
+    assert plot_runs.main([*map(str, folders), "--outf", str(tmp_path / "curves.png")]) == 0
+    said = capsys.readouterr()
+    assert "3 runs" in said.out
+    told = [Path(line.removeprefix("left out: ").split(": ")[0]).name for line in said.err.splitlines()]
+    assert told == ["empty", "begun", "young"]
+
+
 def test_attention_is_drawn(tmp_path):
     weights = np.random.default_rng(1).dirichlet(np.ones(5), size=(3, 2, 5))
     plot_runs.draw_attention(weights, tmp_path / "attention.png")
@@ -140,7 +157,10 @@ def test_mistakes_are_told(tmp_path):
     (tmp_path / "empty").mkdir()
     good = nth_farthest_run(tmp_path, "good")
     assert "not there" in message(tmp_path / "absent")
-    assert "no args.json" in message(tmp_path / "empty")
+    assert "no run to draw" in message(tmp_path / "empty")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "log.jsonl").touch()
+    assert "no args.json" in message(tmp_path / "half")
     assert "no plot" in message(run_folder(tmp_path, "other", "train_something", []))
     assert "separately" in message(good, language_run(tmp_path, "lm", "train_rmc"))
     assert "nothing to plot yet" in message(nth_farthest_run(tmp_path, "young", accuracies=()))
