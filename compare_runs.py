@@ -134,6 +134,7 @@ def find_results(folders: Sequence[Path]) -> list[Result]:
             "there is no language-model run to compare. Give run folders of train_rmc.py or train_rnn.py, or "
             "a folder with such runs."
         )
+    plot_runs.tell_apart({folder: result.run for folder, result in results.items()})
     return list(results.values())
 
 

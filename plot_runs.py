@@ -17,7 +17,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             found.setdefault(folder.resolve(), run)
     if not found:
         raise UserError("there is no run to draw. Give run folders, or a folder with runs that have begun.")
+    tell_apart(found)
     return list(found.values())
+
+
+def tell_apart(found: Mapping[Path, Run]) -> None:
+    """Gives runs whose folders have one name the name of the folder above, too."""
+    names = Counter(run.label for run in found.values())
+    for folder, run in found.items():
+        if names[run.label] > 1:
+            run.label = f"{folder.parent.name}/{run.label}"
 
 
 def draw_runs(folders: Sequence[Path], path: Path) -> int:

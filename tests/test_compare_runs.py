@@ -162,3 +162,5 @@ def test_a_folder_stands_for_the_runs_in_it_and_what_is_left_out_is_told(tmp_pat
     for (_, reason), words in zip(told, reasons, strict=True):
         assert words in reason
     assert picture.is_file()
+    compare_runs.main([str(inside / "a"), str(make_run(tmp_path / "other" / "a", lr=7))])
+    assert [row["run"] for row in cells(capsys.readouterr().out)] == ["runs/a", "other/a"]

@@ -132,6 +132,8 @@ def test_a_folder_stands_for_the_runs_in_it_and_what_is_left_out_is_told(tmp_pat
     assert "3 runs" in said.out
     told = [Path(line.removeprefix("left out: ").split(": ")[0]).name for line in said.err.splitlines()]
     assert told == ["empty", "begun", "young"]
+    again = nth_farthest_run(tmp_path / "other", "a")
+    assert [run.label for run in plot_runs.read_runs([inside, again])] == ["runs/a", "b", "c", "other/a"]
 
 
 def test_attention_is_drawn(tmp_path):
