@@ -64,6 +64,7 @@ SECTIONS = ("lm", "nth", "options", "sequence", "batch", "slots", "size", "memor
 CLIP = 0.1
 # A sample shorter than this says more of the clock than of the work: then several calls make one sample.
 SHORTEST_SAMPLE = 0.02  # seconds
+FEWEST_ROUNDS = 3  # of fewer, a median says nothing: one disturbance can put the step below its own floor
 
 
 # ---- what is timed
@@ -566,13 +567,13 @@ def measure(
         calls: what to time, by label.
         repeats: calls that make one sample, by label.
         rounds: samples of each.
-        seconds: after this time no further round is begun, though one is always made; 0 = no limit.
+        seconds: after this time no round beyond the first three is begun; 0 = no limit.
         device: is waited for before the clock is read.
     """
     samples: dict[str, list[float]] = {label: [] for label in calls}
     labels, began = list(calls), time.perf_counter()
     for number in range(rounds):
-        if number and seconds and time.perf_counter() - began > seconds:
+        if number >= FEWEST_ROUNDS and seconds and time.perf_counter() - began > seconds:
             break
         first = number % max(1, len(labels))
         for label in labels[first:] + labels[:first]:
@@ -1005,8 +1006,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=runs.non_negative_float,
         default=None,
         metavar="S",
-        help="begin no further round of a table's phase after this time; 0 = no limit "
-        f"(default: {FULL.seconds}, with --quick {QUICK.seconds})",
+        help=f"begin no round of a table's phase beyond the first {FEWEST_ROUNDS} after this time; 0 = no "
+        f"limit (default: {FULL.seconds}, with --quick {QUICK.seconds})",
     )
     parser.add_argument(
         "--shapes",
