@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import io
 import json
 import math
@@ -226,17 +227,18 @@ class ModelRunner:
         self.task, self.variant, self.device = task, variant, device
         self.model = build_model(task, variant, dropout).to(device)
         self.inputs = make_inputs(task, device)
+        graph = can_be_captured(task, variant.graph)
         # A learning rate of 0 does all of the work and leaves every round the same weights to do it on.
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
             lr=0.0,
             fused=variant.fused_adam,
-            capturable=device.type == "cuda" and variant.graph,
+            capturable=device.type == "cuda" and graph,
         )
         self.state = self.model.initial_state(task.batch) if task.kind == "lm" else None
         self.notes: list[str] = []
         self._train, self._forward = (
-            CapturedStep(function, device, variant.graph, on_failure=self.notes.append)
+            CapturedStep(function, device, graph, on_failure=self.notes.append)
             for function in (self._train_step, self._evaluate)
         )
 
@@ -272,6 +274,14 @@ class ModelRunner:
     @torch.no_grad()
     def _evaluate(self, *inputs: Tensor) -> Tensor:
         return self.loss(*inputs)[0]
+
+
+def can_be_captured(task: Task, wanted: bool = True) -> bool:
+    """Whether CUDA graphs are tried: not with adaptive softmax, which waits for the device, as in training.
+
+    The floor goes without them there, too, so that both launch operation by operation.
+    """
+    return wanted and not task.adaptive
 
 
 def build_model(task: Task, variant: Variant, dropout: float = 0.5) -> nn.Module:
@@ -482,7 +492,7 @@ class Floor:
                     self.after.append(Product(device, inside, task.head_size, project.out_features))
                     self.chunked.append(ChunkedProduct(device, inside, project.out_features, high - low))
         self._train, self._forward = (
-            CapturedStep(function, device, on_failure=self.notes.append)
+            CapturedStep(function, device, can_be_captured(task), on_failure=self.notes.append)
             for function in (self._run_train, self._run_forward)
         )
 
@@ -677,6 +687,14 @@ class Report:
         for label, runner in runners.items():
             self._fill(rows[label], runner, samples)
         self.rows += rows.values()
+        # A runner and its captured steps refer to each other. Without a collection, their memory would stay
+        # taken in the next table, and a graph could be destroyed while another is being captured.
+        runner = None
+        for held in (runners, calls):
+            held.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return list(rows.values())
 
     def wants(self, variant: Variant) -> bool:
@@ -1067,6 +1085,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for v, a in sizes
             ),
         )
+    if args.cuda:  # adaptive softmax rules out CUDA graphs, without which launches would hide what grows
+        plan = replace(plan, swept=replace(plan.swept, adaptive=False))
     device = runs.choose_device(args.cuda, args.threads)
     if device.type == "cpu" and not args.give_back_memory:
         runs.keep_freed_memory()

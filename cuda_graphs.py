@@ -6,6 +6,7 @@ once.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -101,10 +102,15 @@ class CapturedStep:
                 found = f"one on {given.device}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
                 raise ValueError(f"input {number} of a captured step must be on {self.device}, got {found}")
         self.inputs = tuple(given.clone() for given in inputs)
+        collected = gc.isenabled()
         try:
+            # A graph that the garbage collector destroyed during the recording would break it.
+            gc.collect()
+            gc.disable()
             graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                graph.register_generator_state(generator)
+            if hasattr(graph, "register_generator_state"):  # later versions of torch do without
+                for generator in self.generators:
+                    graph.register_generator_state(generator)
             # The outer `with`: torch.cuda.graph alone leaves its stream the current one when its end fails.
             mode = self.capture_error_mode
             with (
@@ -112,16 +118,23 @@ class CapturedStep:
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode),
             ):
                 self.outputs = self.function(*self.inputs)
-        except (RuntimeError, AttributeError) as error:  # what torch raises when CUDA refuses
+        except RuntimeError as error:  # what torch raises when CUDA refuses
+            self.give_up()
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            self.enabled, self.inputs, self.outputs = False, (), None
-            self._release_generators()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.on_failure(f"the step cannot be captured as a CUDA graph ({reason}); going on without")
             return False
+        finally:
+            if collected:
+                gc.enable()
         self.graph = graph
         return True
+
+    def give_up(self) -> None:
+        """From now on the function is called eagerly, with the random generators where they are."""
+        self.enabled, self.graph, self.inputs, self.outputs = False, None, (), None
+        self._release_generators()
 
     def _release_generators(self) -> None:
         """Takes random generators out of the capture in which a failed end leaves them.
@@ -134,3 +147,25 @@ class CapturedStep:
         for generator in generators:
             if generator.device.type == "cuda":
                 generator.graphsafe_set_state(generator.clone_state())
+
+
+def capture_together(
+    functions: Iterable[Callable[..., Any]], on_failure: Callable[[str], None] = print, **options: Any
+) -> list[CapturedStep]:
+    """Captured steps of which all are replayed or none: when one cannot be recorded, the others are given up.
+
+    A graph that was recorded before draws its random numbers from where the eager draws do not look.
+
+    Args:
+        functions: one for each step.
+        on_failure: as CapturedStep takes it; called once.
+        options: further arguments of CapturedStep, the same for all.
+    """
+
+    def failed(reason: str) -> None:
+        for step in steps:
+            step.give_up()
+        on_failure(reason)
+
+    steps = [CapturedStep(function, on_failure=failed, **options) for function in functions]
+    return steps

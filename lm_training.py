@@ -28,7 +28,7 @@ from torch import nn
 import distributed
 import runs
 import state_lengths
-from cuda_graphs import CapturedStep
+from cuda_graphs import capture_together
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
 from distributed import ALONE, FlatGradients, Processes
 from language_model import LanguageModel
@@ -323,22 +323,28 @@ class Trainer:
         self.gradients = None if whole else FlatGradients(self.model.parameters())
         count = self.args.batch_size * self.args.bptt
         captured = functools.partial(
-            CapturedStep,
+            capture_together,
             device=self.device,
             # Adaptive softmax looks up which words are where, for which the host waits; replicas need
             # threads.
             enabled=self.replicas is self.model
             and not (self.args.no_cuda_graph or self.args.adaptivesoftmax),
-            on_failure=runs.warn,
+            on_failure=self.without_graph,
             beside_threads=not self.processes.alone,
         )
         if whole:
-            self.full_window = captured(functools.partial(self.train_window, count=count))
+            (self.full_window,) = captured([functools.partial(self.train_window, count=count)])
         else:
-            add_gradients = captured(functools.partial(self.add_gradients, count=count))
+            parts = (functools.partial(self.add_gradients, count=count), self.update)
+            add_gradients, update = captured(parts)
             self.full_window = functools.partial(
-                self.train_pieces, add_gradients=add_gradients, update=captured(self.update)
+                self.train_pieces, add_gradients=add_gradients, update=update
             )
+
+    def without_graph(self, reason: str) -> None:
+        """Tells that steps could not be captured: the run is then slower than its arguments say."""
+        runs.warn(reason)
+        self.write("not_captured", reason=reason)
 
     # -- the loop
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relational_rnn_general import RelationalMemory
+from rnn_models import fused_precision
 
 MODELS = ("rmc", "lstm")
 
@@ -204,7 +205,9 @@ class NthFarthestModel(nn.Module):
         """Logits (B, K) of the answer, not yet passed through a softmax, from inputs (B, K, F)."""
         inputs = self.scaled(inputs)
         if isinstance(self.core, nn.LSTM):
-            return self.head(self.core(inputs)[0][:, -1])
+            with fused_precision(inputs.device):
+                outputs, _ = self.core(inputs)
+            return self.head(outputs[:, -1])
         output, _ = self.core(inputs, self.initial_memory(inputs.size(0)))
         return self.head(output)
 

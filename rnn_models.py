@@ -1,5 +1,6 @@
 """The baseline: LSTM, GRU and tanh or ReLU RNN language models, as one fused layer or as a loop of cells."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Sequence
@@ -143,11 +144,12 @@ class RNNLM(LanguageModel):
             return self._loop_of_cells(embedded, states, weights)
         # Locked dropout between layers cannot be had from a call over all of them.
         apart = self.training and self.locked_dropout and self.rnn.dropout > 0
-        if dropped or apart:
-            return self._fused_layers(embedded, states, weights, apart)
-        lstm = self.config["model"] == "LSTM"
-        outputs, after = self.rnn(embedded, states if lstm else states[0])
-        return outputs, (torch.cat(after) if lstm else after).transpose(0, 1)
+        with fused_precision(embedded.device):
+            if dropped or apart:
+                return self._fused_layers(embedded, states, weights, apart)
+            lstm = self.config["model"] == "LSTM"
+            outputs, after = self.rnn(embedded, states if lstm else states[0])
+            return outputs, (torch.cat(after) if lstm else after).transpose(0, 1)
 
     def recurrent_weights(self) -> dict[str, Tensor]:
         """The matrices that weight drop acts on, weight_hh of every layer, by nn.LSTM's names."""
@@ -167,9 +169,11 @@ class RNNLM(LanguageModel):
                 outputs = dropout(outputs, self.rnn.dropout, self.training, self.locked_dropout)
             given = tuple(part[layers.start : layers.stop] for part in states)
             flat = [weight for layer in layers for weight in weights[layer]]
+            # A dropout that one layer has no use for would still draw a seed, and wait for the GPU to do so.
+            between = 0.0 if apart else self.rnn.dropout
             outputs, *part = function(
-                outputs, given if lstm else given[0], flat, True, len(layers), self.rnn.dropout,
-                self.training, False, False,
+                outputs, given if lstm else given[0], flat, True, len(layers), between, self.training, False,
+                False,
             )
             after.append(part)
         return outputs, torch.cat([torch.cat(parts) for parts in zip(*after, strict=True)]).transpose(0, 1)
@@ -194,3 +198,14 @@ class RNNLM(LanguageModel):
                 inputs = dropout(inputs, self.rnn.dropout, self.training, self.locked_dropout)
             after.append(state)
         return inputs, torch.stack([part for parts in zip(*after, strict=True) for part in parts], dim=1)
+
+
+def fused_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Around torch's fused layers: float32 on a GPU, with TF32 products, whatever autocast asks for.
+
+    torch hands cuDNN's recurrent layers float16 under any autocast (aten/src/ATen/cudnn/AutocastRNN.cpp), in
+    which small gradients vanish unless the loss is scaled. On a CPU autocast's bfloat16 is what they get.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", enabled=False)

@@ -24,7 +24,7 @@ from torch import nn
 import distributed
 import runs
 from core_flags import add_core_flags, core_arguments
-from cuda_graphs import CapturedStep
+from cuda_graphs import capture_together
 from distributed import ALONE, FlatGradients, Processes
 from nth_farthest import (
     MODELS,
@@ -344,11 +344,11 @@ class Trainer:
         # read them the host has to wait for the GPU.
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         captured = functools.partial(
-            CapturedStep,
+            capture_together,
             device=device,
             enabled=not args.no_cuda_graph and self.replicas is model,
             generators=[self.generator],
-            on_failure=runs.warn,
+            on_failure=self.without_graph,
             beside_threads=not processes.alone,
         )
         self.stages = curriculum(args)
@@ -357,13 +357,18 @@ class Trainer:
         # As one graph, or as two, with the exchange between processes outside.
         self.parts = (self.add_gradients, self.update)
         if processes.alone:
-            self.step = captured(self.train_step)
+            (self.step,) = captured([self.train_step])
         else:
-            self.parts = tuple(map(captured, self.parts))
+            self.parts = captured(self.parts)
             self.step = self.train_step
         self.test_set = fixed_test_set(args, TEST_SEED, args.test_examples, device)
         self.at = Position()
         self.interrupts = runs.Interrupts()
+
+    def without_graph(self, reason: str) -> None:
+        """Tells that steps could not be captured: the run is then slower than its arguments say."""
+        runs.warn(reason)
+        self.log.write("not_captured", step=self.at.step, reason=reason)
 
     def train_step(self) -> None:
         """One optimiser step on a fresh batch. Nothing in it waits for the device, as CUDA graphs want it."""

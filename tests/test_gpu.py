@@ -3,6 +3,7 @@
 All of it is skipped where there is no GPU. `pytest -k "gpu or cuda"` runs this file and what others have.
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lm_training import ADAPTIVE, SCRIPTS, ids, make_trainer
+from test_lm_training import ADAPTIVE, ids, make_trainer
 
 import lm_training
 import output_layers
 import relational_rnn_general
+from cuda_graphs import CapturedStep
 from output_layers import AdaptiveSoftmax, FullSoftmax
 from relational_rnn_general import RelationalMemory
 
@@ -25,10 +27,20 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+    gc.collect()  # a captured step and its owner refer to each other
+
+
+@pytest.fixture(autouse=True)
+def one_gpu(request, monkeypatch):
+    """With several, the trainers would spread their batches, which rules captures out."""
+    if "two_gpus" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
 def randn(*shape, seed=1):
@@ -93,6 +105,7 @@ def test_losses_on_a_gpu_equal_those_on_a_cpu(cutoffs, chunk, monkeypatch):
 
 # ---- training
 
+KINDS = {"rmc": ("rmc",), "cells": ("rnn",), "cudnn": ("rnn", "--cudnn")}
 FLAGS = {
     "plain": [],
     "dropout": ["--dropout", "0.3"],
@@ -108,7 +121,8 @@ FLAGS = {
 
 def train(folder, kind, *flags, device=None, epochs=3):
     folder.mkdir()
-    trainer = make_trainer(folder, kind, "--epochs", str(epochs), *flags, device=device or DEVICE)
+    name, *more = KINDS[kind]
+    trainer = make_trainer(folder, name, "--epochs", str(epochs), *more, *flags, device=device or DEVICE)
     trainer.train(folder)
     return trainer
 
@@ -120,13 +134,15 @@ def losses(folder):
 
 def captured(trainer):
     step = trainer.full_window
-    step = step if isinstance(step, lm_training.CapturedStep) else step.keywords["add_gradients"]
+    step = step if isinstance(step, CapturedStep) else step.keywords["add_gradients"]
     return step.graph is not None
 
 
 @pytest.mark.parametrize("name", FLAGS)
-@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_run_equals_an_eager_one_on_a_gpu(tmp_path, kind, name):
+    if (kind, name) == ("cudnn", "dropout"):
+        pytest.skip("dropout between layers is cuDNN's own, which is seeded once in a process")
     eager = train(tmp_path / "eager", kind, *FLAGS[name], "--no-cuda-graph")
     graph = train(tmp_path / "graph", kind, *FLAGS[name])
     assert captured(graph) and not captured(eager)
@@ -136,7 +152,7 @@ def test_a_captured_run_equals_an_eager_one_on_a_gpu(tmp_path, kind, name):
     )
 
 
-@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_pieces_in_a_graph_equal_the_whole_batch_on_a_gpu(tmp_path, kind):
     """Seven columns in seven pieces."""
     whole = train(tmp_path / "whole", kind, "--no-cuda-graph")
@@ -146,7 +162,7 @@ def test_pieces_in_a_graph_equal_the_whole_batch_on_a_gpu(tmp_path, kind):
 
 
 @pytest.mark.parametrize("softmax", [[], ADAPTIVE], ids=["full", "adaptive"])
-@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_on_a_gpu_equals_one_on_a_cpu_and_its_model_loads_there(tmp_path, kind, softmax):
     train(tmp_path / "cpu", kind, *softmax, device=torch.device("cpu"))
     train(tmp_path / "gpu", kind, *softmax)
@@ -179,6 +195,23 @@ def test_two_gpus_in_one_process_equal_one(tmp_path, monkeypatch):
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("flags", [[], ["--dropout-weights", "0.2"]], ids=["layer", "weight-drop"])
+def test_the_fused_layer_computes_in_float32_under_autocast_on_a_gpu(tmp_path, flags):
+    """torch would give cuDNN float16, whatever type autocast asks for."""
+    trainer = make_trainer(tmp_path, "rnn", "--cudnn", *flags, device=DEVICE)
+    tokens = ids(7 * 11, 6).view(7, 11).long().to(DEVICE)
+    results = []
+    for dtype in (torch.bfloat16, torch.float16, None):
+        torch.manual_seed(3)
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            state = trainer.model.initial_state(7)
+            results.append(trainer.model.recur(trainer.model.embedding(tokens.T), state))
+    for outputs, after in results[:2]:
+        assert outputs.dtype == after.dtype == torch.float32
+        assert torch.equal(outputs, results[2][0]) and torch.equal(after, results[2][1])
+
+
+@pytest.mark.timeout(900)
 def test_the_scripts_run_on_a_gpu_alone_and_under_torchrun(tmp_path, corpus_folder):
     flags = ["--cuda", "--data", str(corpus_folder), "--epochs", "2", "--batch_size", "8", "--bptt", "12"]
     flags += ["--eval-batch-size", "2", "--emsize", "12", "--headsize", "5", "--dropout", "0"]
@@ -195,4 +228,4 @@ def test_the_scripts_run_on_a_gpu_alone_and_under_torchrun(tmp_path, corpus_fold
     words += ["--words", "30", "--outf", str(tmp_path / "words.txt")]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "words.txt").read_text(encoding="utf-8").split()) >= 25
+    assert len((tmp_path / "words.txt").read_text(encoding="utf-8").split()) >= 20

@@ -1,6 +1,7 @@
 """The task "Nth farthest", its models and its training script."""
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -996,6 +997,26 @@ def test_a_failed_capture_lets_its_generators_go(monkeypatch):
     assert step() == "free"
 
 
+def test_when_one_of_several_steps_cannot_be_captured_none_is_replayed(monkeypatch):
+    told = []
+    steps = cuda_graphs.capture_together(
+        [lambda: "first", lambda: "second"], told.append, device=torch.device("cpu")
+    )
+    assert [step() for step in steps] == ["first", "second"] and not told
+    for step in steps:
+        step.enabled, step.warmup_left = True, 0
+    steps[0].graph = object()  # recorded before
+
+    def refuse(*arguments, **options):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    assert steps[1]() == "second" and steps[0]() == "first"
+    assert len(told) == 1 and "(no)" in told[0]
+    assert not any(step.enabled or step.graph for step in steps)
+    assert gc.isenabled()
+
+
 def test_inputs_elsewhere_than_the_captured_step_are_refused(monkeypatch):
     """What is on another device would be recorded once and for all."""
     step = CapturedStep(lambda *inputs: None, torch.device("cpu"))
@@ -1008,6 +1029,16 @@ def test_inputs_elsewhere_than_the_captured_step_are_refused(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_run_whose_capture_fails_equals_an_eager_one_on_a_gpu():
+    """In a process of its own: torch up to 2.12 captures nothing more after a failure, or keeps memory."""
+    code = "import test_nth_farthest; test_nth_farthest.compare_failed_capture_with_eager_steps()"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def compare_failed_capture_with_eager_steps():
     """The fourth call, the captured one, asks the GPU for a number, which breaks the capture."""
     device, results = torch.device("cuda", 0), []
     for enabled in (False, True):
@@ -1036,10 +1067,11 @@ def test_a_run_whose_capture_fails_equals_an_eager_one_on_a_gpu():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("stages", [[], STAGES])
-def test_a_captured_run_equals_an_eager_one(tmp_path, stages):
-    flags = ["--steps", 30, "--cuda", "--warmup", 20, *stages]
+@pytest.mark.parametrize("more", [[], STAGES, ["--model", "lstm", "--nhid", "9"]])
+def test_a_captured_run_equals_an_eager_one(tmp_path, more, capsys):
+    flags = ["--steps", 30, "--cuda", "--warmup", 20, *more]
     _, eager = train(tmp_path, *flags, "--no-cuda-graph", name="eager")
     _, captured = train(tmp_path, *flags, name="captured")
+    assert "cannot be captured" not in capsys.readouterr().err
     for name, value in weights(eager).items():
         torch.testing.assert_close(weights(captured)[name], value, rtol=1e-3, atol=1e-4)

@@ -20,7 +20,7 @@ SCRIPTS = {"rmc": train_rmc, "lstm": train_rnn}
 
 # Stands in for the training scripts: --epochs epochs of 10 ms, counted in a file; its score is its --lr.
 FAKE = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 words = sys.argv[1:]
 def value(flag, default=None):
@@ -37,6 +37,7 @@ else:
     folder = Path(value("--runs-folder")) / value("--name")
     folder.mkdir()
     (folder / "args.json").write_text(json.dumps(words))
+    (folder / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 if (folder / "busy").exists():
     print(f"error: {folder} is in training by another process (process 1 on x). Wait for its end.")
     sys.exit(2)
@@ -129,6 +130,39 @@ def test_a_plan_that_is_stopped_goes_on_where_it_stood(plan, tmp_path, capsys):
     # What was done before was not done again: a run writes its two lines once, at its end.
     assert all(len(path.read_text().splitlines()) == 2 for path in out.glob("*/log.jsonl"))
     shutil.rmtree(out)
+
+
+def test_scoring_has_the_device_to_itself_and_is_not_begun_late(plan, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    argv = ["--out", str(out), "--parallel", "9", "--epochs", "1", "--stages", "original"]
+    assert plan.main([*argv, "--minutes", "3", "--scoring-minutes", "4"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("finished") == 9 and "scoring" not in output and "call again" in output
+    start, at_once = plan.subprocess.Popen, []
+
+    def popen(command, **options):
+        running = [process for process in at_once if process.poll() is None]
+        assert not running, "two at once"
+        at_once.append(start(command, **options))
+        return at_once[-1]
+
+    monkeypatch.setattr(plan.subprocess, "Popen", popen)
+    monkeypatch.setattr(plan.Plan, "summarise", lambda *_: None)
+    assert plan.main(argv) == 0
+    assert "all is finished" in capsys.readouterr().out and len(at_once) == 9
+
+
+@pytest.mark.parametrize("visible, count, expected", [("3,5", 8, {"3", "5"}), (None, 2, {"0", "1"}),
+                                                      (None, 1, {"0"})])
+def test_each_run_has_one_gpu(plan, tmp_path, monkeypatch, visible, count, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    out = tmp_path / "out"
+    argv = ["--out", str(out), "--parallel", "9", "--epochs", "1", "--stages", "original"]
+    assert plan.main([*argv, "--cuda"]) == 0
+    assert {path.read_text() for path in out.glob("*/gpus")} == expected
 
 
 def test_an_ablation_that_changes_nothing_is_left_out(plan):

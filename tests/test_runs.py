@@ -612,3 +612,44 @@ def test_the_first_step_says_what_to_expect_if_nothing_else_would_be_seen_for_lo
     now[0] += 1000
     step.tell(1000, 1200, "an epoch")  # the second step
     assert capsys.readouterr().out == ""
+
+
+# ---- several GPUs in one process
+
+
+def test_no_replica_is_without_examples(monkeypatch):
+    monkeypatch.setattr(runs, "Replicas", lambda model, device_ids: len(device_ids))
+    for gpus in range(1, 9):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)  # noqa: B023
+        for rows in range(1, 30):
+            count = runs.wrap_data_parallel(None, torch.device("cuda"), rows) or 1
+            # DataParallel cuts a batch as `chunk` does, into as many pieces or fewer.
+            assert len(torch.arange(rows).chunk(count)) == count == len(torch.arange(rows).chunk(gpus))
+    assert runs.wrap_data_parallel(None, torch.device("cpu"), 20) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_replicas_compute_in_the_precision_that_is_asked_for(monkeypatch, dtype):
+    """What torch does with replicas, without GPUs: it calls each in a new thread."""
+    seen = []
+
+    def in_threads(self, replicas, inputs, kwargs):
+        threads = [
+            threading.Thread(target=replica, args=given, kwargs=named)
+            for replica, given, named in zip(replicas, inputs, kwargs, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def replica(number, penalty):
+        seen.append((number, penalty, torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")))
+
+    monkeypatch.setattr(torch.nn.DataParallel, "parallel_apply", in_threads)
+    replicas = runs.Replicas.__new__(runs.Replicas)
+    with torch.autocast("cuda", dtype):
+        enabled = torch.is_autocast_enabled("cuda")  # only where there is a GPU
+        replicas.parallel_apply([replica, replica], [(1,), (2,)], [{"penalty": 3}, {"penalty": 4}])
+    assert sorted(seen, key=str) == [(1, 3, dtype, enabled), (2, 4, dtype, enabled)]

@@ -42,9 +42,10 @@ train() {
     if finished "$folder"; then return; fi
     if ((left < 1)); then out_of_time; fi
     session=(--stop-after "$(printf '%d.%03d' $((left / 60)) $((left % 60 * 1000 / 60)))")
-    if [[ -d $folder ]]; then
+    if [[ -f $folder/args.json ]]; then
         "$PYTHON" train_nth_farthest.py --resume "$folder" $DEVICE "${session[@]}"
     else
+        rm -rf "$folder" # left by a run that was killed as it made its folder
         "$PYTHON" train_nth_farthest.py --runs-folder "$OUT" --name "$name" $DEVICE --steps "$STEPS" \
             --log-interval 250 --save-every 1 "$@" "${session[@]}"
     fi

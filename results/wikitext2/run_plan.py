@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import os
 import random
 import shlex
@@ -39,6 +40,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -263,6 +266,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to, for one GPU each."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named or [str(number) for number in range(torch.cuda.device_count())]
+
+
 class Plan:
     """Does jobs, several at once, until the time is over or someone asks to stop."""
 
@@ -270,6 +279,8 @@ class Plan:
         self.args, self.out = args, args.out
         self.deadline = time.monotonic() + args.minutes * 60 if args.minutes else None
         self.stop = False
+        # One for each run side by side, where there are several: a run would else take them all.
+        self.gpus = visible_gpus() if args.cuda else []
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last: a closed terminal; not on Windows
             number = getattr(signal, name, None)
             # Under nohup SIGHUP is ignored, and is to stay so.
@@ -283,6 +294,11 @@ class Plan:
     def over(self) -> bool:
         """Whether no more work is to be begun."""
         return self.stop or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the time is over."""
+        return self.deadline - time.monotonic() if self.deadline is not None else math.inf
 
     def command(self, job: Job) -> list[str]:
         """What starts the job, or goes on with it."""
@@ -308,29 +324,37 @@ class Plan:
             False if there is more to do: it had to stop before the end, or others are at work on a run.
         """
         waiting = [job for job in jobs if not finished(self.out, job) and not failed(self.out, job).exists()]
-        running: dict[Job, tuple[subprocess.Popen, Path, int]] = {}
+        running: dict[Job, tuple[subprocess.Popen, Path, int, str | None]] = {}
         busy = False
+        # Scoring saves nothing on the way: one at a time has the device to itself, and none is begun that
+        # would hardly end.
+        scoring = any(job.evaluate for job in jobs)
+        parallel = 1 if scoring else self.args.parallel
         while waiting or running:
-            while waiting and len(running) < self.args.parallel and not self.over:
+            if scoring and waiting and not running and self.left < self.args.scoring_minutes * 60:
+                return False
+            while waiting and len(running) < parallel and not self.over:
                 job = waiting.pop(0)
                 output = self.out / "output" / failed(self.out, job).name
+                gpu = min(self.gpus, key=[gpu for *_, gpu in running.values()].count, default=None)
                 with open(output, "ab") as file:
                     said = file.tell()  # what earlier calls have left there
                     # In a group of its own: Ctrl-C must reach it once, through us.
                     process = subprocess.Popen(
                         self.command(job), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                         start_new_session=True,
+                        env=os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
                     )  # fmt: skip
                 say(f"{'scoring' if job.evaluate else 'training'} {job.name}")
-                running[job] = (process, output, said)
+                running[job] = (process, output, said, gpu)
             if self.over:
                 for process, *_ in running.values():
                     process.terminate()
-                for job, (process, output, said) in running.items():
+                for job, (process, output, said, _) in running.items():
                     process.wait()
                     self.note(job, process.returncode, output, said)
                 return not (waiting or busy) and all(finished(self.out, job) for job in running)
-            for job, (process, output, said) in list(running.items()):
+            for job, (process, output, said, _) in list(running.items()):
                 if process.poll() is not None:
                     del running[job]
                     busy |= self.note(job, process.returncode, output, said)
@@ -409,6 +433,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which ones (default: all)")
     add("--out", type=Path, default=Path("runs/wikitext2"), help="folder of the runs (runs/wikitext2)")
     add("--minutes", type=float, default=0, help="stop after so long, to go on with another call (0: never)")
+    add("--scoring-minutes", type=float, default=4, help="begin no scoring with less time left than this (4)")
     add("--parallel", type=int, default=1, help="runs side by side on one device (1)")
     add("--cuda", action="store_true", help="on the GPU")
     add("--trials", type=int, default=12, help="of each model in the stage search (12)")
