@@ -2,15 +2,17 @@
 
 The parts, each with its source, are those of the AWD-LSTM (Merity, Keskar & Socher 2018, arXiv:1708.02182):
     locked dropout      one mask for all time steps of a window: Gal & Ghahramani 2016, arXiv:1512.05287
-    word dropout        whole rows of the embedding, one mask per window: the same paper
+    word dropout        whole rows of the embedding, one mask per window: the same paper; one for the whole
+                        batch, as in Merity et al. 2018, section 4.3
     weight drop         entries of the recurrent matrices, one mask per window: Merity, after Wan et al. 2013
     AR and TAR          penalties on large and on quickly changing activations: Merity, McCann & Socher 2017,
                         arXiv:1708.01009
     random windows      windows of random length: Merity et al. 2018, section 4.1
-    NT-ASGD             averaging that starts when validation stalls: the same, section 3
+    NT-ASGD             averaging that starts when validation stalls: the same, section 3; a plain mean of
+                        the weights, after Polyak & Juditsky 1992
 Beside them:
     weight decay        decoupled from the gradient: Loshchilov & Hutter 2019, arXiv:1711.05101
-    EMA                 exponential moving average of the weights, after Polyak & Juditsky 1992
+    EMA                 exponential moving average of the weights
 
 A mask is drawn anew for every window, in training alone. It holds 0 where it drops and 1 / (1 - p) where it
 keeps, so that the expectation of what it is multiplied with does not change and evaluation needs no factor.
@@ -80,14 +82,15 @@ def activation_penalty(dropped: Tensor, raw: Tensor, ar: float, tar: float) -> T
         dropped: vectors before the softmax, after dropout, (T, B, E): AR punishes their squares.
         raw: outputs of the recurrent part, before projection and dropout, (T, B, F): TAR punishes the squares
             of their differences from step to step.
-        ar, tar: the factors alpha and beta of the paper.
+        ar, tar: the factors alpha and beta of the paper. There what AR acts on lies between -1 and 1, as an
+            LSTM's outputs do; after a projection it may not, and alpha then weighs more.
 
     Returns:
         T * B * (ar * mean square + tar * mean square difference): divided by the number of tokens, as the
-        nats are, it is the paper's penalty, and replicas' penalties add up.
+        nats are, it is the penalty of the paper's code, and replicas' penalties add up.
     """
     wide = torch.promote_types(dropped.dtype, torch.float32)
-    penalty = ar * dropped.square().mean(dtype=wide)
+    penalty = ar * dropped.square().mean(dtype=wide) if ar else dropped.new_zeros((), dtype=wide)
     if tar and len(raw) > 1:
         penalty = penalty + tar * (raw[1:] - raw[:-1]).square().mean(dtype=wide)
     return penalty * dropped.shape[:2].numel()
@@ -142,7 +145,7 @@ class WeightAverage:
         decay: of the exponential moving average. It starts as a plain mean, and becomes the moving average
             after 1 / (1 - decay) steps: nothing of the first weights is left over. None: a plain mean (ASGD)
             that starts when `watch` says so.
-        patience: how many epochs validation must have been no better for, before the plain mean starts.
+        patience: the plain mean starts when a validation loss is above the best of all but the last so many.
     """
 
     def __init__(self, model: nn.Module, decay: float | None, patience: int = 5):
@@ -165,7 +168,7 @@ class WeightAverage:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), share)
 
     def watch(self, loss: float) -> None:
-        """Starts the plain mean when a validation loss is above the best of all but the last `patience`."""
+        """Tells of an epoch's validation loss, which may start the plain mean."""
         if len(self.losses) > self.patience and loss > min(self.losses[: -self.patience]):
             self.started = True
         self.losses.append(loss)

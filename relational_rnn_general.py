@@ -206,8 +206,8 @@ class RelationalMemory(nn.Module):
             memory: the memory before the first step, (B, N, D); None for the initial state.
             return_gates: also return the last step's gates.
             candidate_mask: factors on the candidate (after its tanh, if there are gates) at every step,
-                (B, N, D); none where None. Drawn once per sequence it is the recurrent dropout of Semeniuta
-                et al. 2016 (arXiv:1603.05118). It gets no gradient.
+                (B, N, D); none where None. This is where Semeniuta et al. 2016 (arXiv:1603.05118) put their
+                recurrent dropout. It gets no gradient.
 
         Returns:
             outputs: (B, T, N * D) with return_all_outputs, else the last step's (B, N * D).

@@ -21,9 +21,10 @@ class RelationalMemoryLM(LanguageModel):
     weight_hh is to an LSTM. The MLP's are left whole: it works on what attention and a norm have made.
 
     Args:
-        dropout_candidate: probability of dropping a feature of what is written into the memory, the same at
-            all steps of a window (recurrent dropout without memory loss, Semeniuta et al. 2016,
-            arXiv:1603.05118): what the memory holds already stays.
+        dropout_candidate: probability of dropping a feature of what is written into the memory: what it holds
+            already stays, for which it needs gates. The place is that of Semeniuta et al. 2016
+            (arXiv:1603.05118), who draw a mask for each step; one mask for all steps of a window is Gal &
+            Ghahramani's way (2016, arXiv:1512.05287).
 
     Raises:
         ValueError: an argument outside its range; the message names it.
@@ -52,6 +53,11 @@ class RelationalMemoryLM(LanguageModel):
         dropout_candidate: float = 0.0,
     ):
         check_probability("dropout_candidate", dropout_candidate)
+        if dropout_candidate and gate_style is None:
+            raise ValueError(
+                "dropout_candidate needs gates: without them the candidate is the memory, and what is "
+                "dropped would be lost at every step. Give a gate_style, or drop elsewhere."
+            )
         check_size("embedding_size", embedding_size)    # here, as the core would call it input_size
         core = RelationalMemory(
             mem_slots,

@@ -53,8 +53,8 @@ class RNNLM(LanguageModel):
         locked_dropout, dropout_words, dropout_weights: as in LanguageModel. Locked dropout between the layers
             is locked too; weight drop acts on weight_hh of every layer.
         dropout_candidate: for the LSTM as a loop of cells alone: probability of dropping a unit of what is
-            added to the cells, the same at all steps of a window (recurrent dropout without memory loss,
-            Semeniuta et al. 2016, arXiv:1603.05118): what the cells hold already stays.
+            added to the cells: what they hold already stays. The place is that of Semeniuta et al. 2016
+            (arXiv:1603.05118), who draw a mask for each step; here one serves all steps of a window.
 
     The state is one tensor (B, S, hidden_size): the hidden vectors of the layers, then an LSTM's cells.
 

@@ -261,12 +261,18 @@ def test_the_cell_with_a_mask_is_that_of_a_loop_over_its_units():
             assert found[0][b, u].item() == pytest.approx(sigmoid(o) * math.tanh(c), abs=1e-12)
 
 
-@pytest.mark.parametrize("flags", [["--cudnn"], ["--model", "GRU"], ["--recipe", "wikitext2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [["--cudnn"], ["--model", "GRU"], ["--recipe", "wikitext2-regularised"]], ids=" ".join
+)
 def test_recurrent_dropout_is_refused_where_it_cannot_be(flags, corpus_folder, tmp_path):
     with pytest.raises(runs.UserError, match="Give --model LSTM and --no-cudnn"):
         run(train_rnn, corpus_folder, tmp_path, *flags, "--dropout-candidate", "0.2")
     with pytest.raises(ValueError, match="model='LSTM' and fused=False"):
         build("gru", dropout_candidate=0.2, fused=False)
+    with pytest.raises(ValueError, match="dropout_candidate needs gates"):
+        build("rmc-no-gates", dropout_candidate=0.2)
+    with pytest.raises(runs.UserError, match="dropout_candidate needs gates"):
+        run(train_rmc, corpus_folder, tmp_path, "--gatestyle", "none", "--dropout-candidate", "0.2")
 
 
 def test_weight_drop_names_the_matrices_that_the_state_is_multiplied_with():
@@ -279,7 +285,8 @@ def test_weight_drop_names_the_matrices_that_the_state_is_multiplied_with():
 
 @pytest.mark.parametrize("name", ["rmc", "rmc-2-blocks", "rmc-no-gates"])
 def test_plain_and_fast_path_agree_with_everything_on(name):
-    fast, plain = (build(name, **ALL, dropout_candidate=0.5) for _ in range(2))
+    more = {} if name == "rmc-no-gates" else {"dropout_candidate": 0.5}
+    fast, plain = (build(name, **ALL, **more) for _ in range(2))
     plain.core.fast = False
     compare(fast, plain)
 
@@ -544,20 +551,22 @@ def test_a_step_on_a_random_window_has_its_share_of_the_learning_rate(tmp_path):
 
 
 @pytest.mark.parametrize("script", [train_rmc, train_rnn], ids=lambda script: script.SCRIPT)
-def test_the_wikitext2_recipe_is_within_eleven_million_parameters_and_reaches_the_model(script):
+@pytest.mark.parametrize("name", ["wikitext2", "wikitext2-regularised"])
+def test_recipes_for_wikitext2_are_within_eleven_million_parameters_and_reach_the_model(script, name):
     parser = script.build_parser()
-    lm_flags.apply_recipe(parser, ["--recipe", "wikitext2"], script.RECIPES)
-    args = parser.parse_args(["--recipe", "wikitext2", "--no-locked-dropout"])
+    lm_flags.apply_recipe(parser, ["--recipe", name], script.RECIPES)
+    args = parser.parse_args(["--recipe", name, "--no-locked-dropout"])
     with torch.device("meta"):
         model = script.build_model(args, 33278, None)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert 10_500_000 < count <= 11_000_000
     assert f"{count:,} parameters" in Path(script.__file__).read_text(encoding="utf-8")
     assert not model.locked_dropout and model.output_layer.weight is model.embedding.weight
-    assert (model.dropout_input, model.dropout_words, model.dropout_weights) == (0.4, 0.1, 0.4)
+    dropped = (0.3, 0.0, 0.0) if name == "wikitext2" else (0.4, 0.1, 0.4)
+    assert (model.dropout_input, model.dropout_words, model.dropout_weights) == dropped
 
 
-@pytest.mark.parametrize("name", ["tiny", "wikitext2"])
+@pytest.mark.parametrize("name", ["tiny", "wikitext2", "wikitext2-regularised"])
 @pytest.mark.parametrize("script", [train_rmc, train_rnn], ids=lambda script: script.SCRIPT)
 def test_the_flags_that_a_recipe_prints_mean_the_same_when_they_are_typed(script, name, capsys):
     parser = script.build_parser()

@@ -76,7 +76,8 @@ def plan(tmp_path, monkeypatch):
 def test_every_command_fits_its_script_and_the_search_stays_within_its_size(plan):
     trials = plan.search(12, 30)
     flags = {job.model: job.flags[:-2] for job in trials[-2:]}
-    jobs = [*plan.original(), *plan.published_table(), *trials, *plan.best(flags), *plan.ablation(flags)]
+    jobs = [*plan.original(), *plan.recipe(), *plan.published_table(), *trials]
+    jobs += [*plan.best(flags), *plan.ablation(flags)]
     assert len({job.name for job in jobs}) == len(jobs)
     for job in jobs:
         script = SCRIPTS[job.model]
@@ -86,7 +87,7 @@ def test_every_command_fits_its_script_and_the_search_stays_within_its_size(plan
         with torch.device("meta"):
             model = script.build_model(args, 33278, None)
         count = sum(parameter.numel() for parameter in model.parameters())
-        if job.name.startswith(("search", "best", "ablation")):
+        if job.name.startswith(("recipe", "search", "best", "ablation")):
             assert 10e6 < count <= 11e6, (job, count)
         if job.name.startswith(("original-lstm", "original-rmc-10.75M")):
             assert 10.7e6 < count < 10.8e6
@@ -166,7 +167,7 @@ def test_each_run_has_one_gpu(plan, tmp_path, monkeypatch, visible, count, expec
 
 
 def test_an_ablation_that_changes_nothing_is_left_out(plan):
-    shared = "--recipe wikitext2 --dropout-words 0.0 --dropout-weights 0.2 --ar 0.0 --weight-decay 0.1"
+    shared = "--recipe wikitext2-regularised --dropout-words 0 --dropout-weights 0.2 --ar 0"
     flags = {"rmc": (*shared.split(), "--dropout-candidate", "0.0"),
              "lstm": (*shared.split(), "--dropout-hidden", "0.1")}
     names = {job.name for job in plan.ablation(flags)}
@@ -175,7 +176,12 @@ def test_an_ablation_that_changes_nothing_is_left_out(plan):
     assert every - names == {"ablation-rmc-no-words", "ablation-rmc-no-ar", "ablation-rmc-no-candidate",
                              "ablation-lstm-no-words", "ablation-lstm-no-ar"}
     # By the recipe's own values nothing is 0 but what it does not set.
-    assert len(plan.ablation({model: ("--recipe", "wikitext2") for model in flags})) == len(every)
+    recipe = ("--recipe", "wikitext2-regularised")
+    assert len(plan.ablation({model: recipe for model in flags})) == len(every)
+    one_layer = (*recipe, "--nlayers", "1", "--nhid", "960", "--project")
+    assert {f"ablation-lstm-{part}" for part in plan.PARTS} == {
+        job.name for job in plan.ablation({"lstm": one_layer})
+    }
 
 
 def test_a_run_in_other_hands_is_left_alone_and_no_failure(plan, tmp_path, capsys):

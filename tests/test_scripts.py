@@ -617,13 +617,14 @@ def test_recipe_sets_its_flags_says_so_and_gives_way_to_flags_on_the_command_lin
 def test_a_recipe_is_not_asked_again_when_its_run_goes_on(tmp_path, capsys, monkeypatch):
     """The run's own flags count: the recipe's, and those that were given beside it."""
     text, sizes = str(write_corpus(tmp_path / "text")), ["--emsize", "6", "--nhid", "6", "--bptt", "8"]
-    begun = ["--recipe", "wikitext2", "--data", text, *sizes, "--warmup", "1", "--epochs", "1"]
+    begun = ["--recipe", "wikitext2-regularised", "--data", text, *sizes, "--warmup", "1", "--epochs", "1"]
     begun += ["--runs-folder", str(tmp_path), "--name", "r"]
     assert train_rnn.main(begun) == 0
     folder = tmp_path / "r"
     capsys.readouterr()
-    assert train_rnn.main(["--resume", str(folder), "--recipe", "wikitext2", "--epochs", "2"]) == 0
-    assert "recipe wikitext2:" not in capsys.readouterr().out
+    again = ["--resume", str(folder), "--recipe", "wikitext2-regularised", "--epochs", "2"]
+    assert train_rnn.main(again) == 0
+    assert "recipe wikitext2-regularised:" not in capsys.readouterr().out
     args = runs.load_checkpoint(folder / "last.pt")["args"]
     assert args["dropout_input"] == 0.4 and args["emsize"] == 6 and args["epochs"] == 2
     # As torchrun does it, with the command line that began the run; here with nothing left to do.

@@ -11,16 +11,18 @@ busy. A run that fails is noted in OUT/failed/ and left out; delete the note to 
 Stages, each done before the next begins:
     original   the published arguments, three seeds: the RMC (11.8M parameters with the original module's
                maths), the LSTM (tied, 10.7M), and the RMC at the LSTM's size
+    recipe     the recipe wikitext2 of either model, three seeds
     table      the rows of the published search over the RMC's sizes, one seed
     search     for the best recipe at no more than 11M parameters: as many trials for either model, the recipe
-               wikitext2 first, the others drawn at random from the same ranges, for a part of the epochs
+               wikitext2-regularised first, the others drawn at random from the same ranges, for a part of the
+               epochs
     best       the trial of each model with the best validation perplexity, all epochs, three seeds
     ablation   of these, one part at a time taken away or added, one seed; a part that they are without is not
                taken away: that would be the same run again
 
-After the stages `original` and `best` each run is scored as one stream (--eval-batch-size 1), with perplexity
-against the length of the state, into its folder's evaluation.txt. OUT/summary.md has the table of all runs
-after each call.
+After the stages `original`, `recipe` and `best` each run is scored as one stream (--eval-batch-size 1), with
+perplexity against the length of the state, into its folder's evaluation.txt. OUT/summary.md has the table of
+all runs after each call.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-STAGES = ("original", "table", "search", "best", "ablation")
+STAGES = ("original", "recipe", "table", "search", "best", "ablation")
 SEEDS = (1, 2, 3)
 SCRIPTS = {"rmc": train_rmc, "lstm": train_rnn}
 # In the message of a script that finds its run folder in another process's hands.
@@ -79,18 +81,18 @@ SIZES = {
         "--emsize 184 --headsize 176 --attmlplayers 3", "--emsize 240 --headsize 140 --attmlplayers 1",
     ),
     "lstm": (
-        "--emsize 280 --nhid 280 --nlayers 2", "--emsize 270 --nhid 270 --nlayers 3",
-        "--emsize 288 --nhid 288 --nlayers 1", "--emsize 220 --nhid 450 --nlayers 2 --project",
+        "--emsize 280 --nhid 280 --nlayers 2", "--emsize 220 --nhid 450 --nlayers 2 --project",
+        "--emsize 184 --nhid 960 --nlayers 1 --project", "--emsize 184 --nhid 580 --nlayers 2 --project",
     ),
 }  # fmt: skip
 RANGES = {
-    "--lr": (0.001, 0.002, 0.003),
+    "--lr": (0.001, 0.002, 0.004),
     "--batch_size": (20, 40, 64),
     "--dropout-input": (0.2, 0.3, 0.4, 0.5),
     "--dropout-output": (0.3, 0.4, 0.5),
     "--dropout-words": (0.0, 0.05, 0.1, 0.2),
     "--dropout-weights": (0.0, 0.2, 0.4, 0.6),
-    "--ar": (0.0, 2.0),
+    "--ar": (0.0, 0.2, 0.5, 2.0),
     "--weight-decay": (0.003, 0.03, 0.1, 0.3),
 }
 # The last range is each model's own: recurrent dropout of the one, dropout between layers of the other.
@@ -106,8 +108,9 @@ PARTS = {
     "no-tar": "--tar 0",
     "no-decay": "--weight-decay 0",
     "no-average": "--average none",
-    "nt-asgd": "--average nt-asgd --schedule plateau",
     "plateau": "--schedule plateau",
+    # To be held against the part above: NT-ASGD waits for a loss that stalls, as a cosine's does not.
+    "plateau-nt-asgd": "--average nt-asgd --schedule plateau",
     "random-windows": "--random-bptt",
     "random-windows-two-lengths": "--random-bptt 0",
     "clip-0.1": "--clip 0.1",
@@ -142,6 +145,15 @@ def original() -> list[Job]:
     ]
 
 
+def recipe() -> list[Job]:
+    """The measured recipe of either model."""
+    return [
+        Job(f"recipe-{model}-seed{seed}", model, ("--recipe", "wikitext2", "--seed", str(seed)))
+        for seed in SEEDS
+        for model in SCRIPTS
+    ]
+
+
 def published_table() -> list[Job]:
     """The rows of the published search."""
     jobs = []
@@ -163,7 +175,7 @@ def search(trials: int, epochs: int) -> list[Job]:
         shared = [word for flag, values in RANGES.items() for word in (flag, str(draw.choice(values)))]
         size, own = draw.randrange(4), draw.randrange(4)
         for model in SCRIPTS:
-            flags = ["--recipe", "wikitext2"]
+            flags = ["--recipe", "wikitext2-regularised"]
             if number:
                 flag, values = OWN_RANGES[model]
                 flags += [*SIZES[model][size].split(), *shared, flag, str(values[own])]
@@ -216,7 +228,10 @@ def arguments(model: str, flags: Sequence[str]) -> dict[str, Any]:
     parser = script.build_parser()
     with contextlib.redirect_stdout(io.StringIO()):  # it says what the recipe sets
         lm_flags.apply_recipe(parser, flags, script.RECIPES)
-    return vars(parser.parse_args(flags))
+    args = vars(parser.parse_args(flags))
+    if args.get("nlayers") == 1:
+        args["dropout_hidden"] = None  # there is nothing between the layers
+    return args
 
 
 # ---- doing them
@@ -402,6 +417,8 @@ class Plan:
         for stage in STAGES:
             if stage == "original":
                 jobs = original()
+            elif stage == "recipe":
+                jobs = recipe()
             elif stage == "table":
                 jobs = published_table()
             elif stage == "search":
@@ -415,7 +432,7 @@ class Plan:
                 say(f"stage {stage}: no finished trial of the stage search to start from")
                 continue
             done = self.do(jobs)
-            if done and stage in ("original", "best"):
+            if done and stage in ("original", "recipe", "best"):
                 trained = [job for job in jobs if finished(self.out, job)]
                 done = self.do([Job(job.name, job.model, evaluate=True) for job in trained])
             if not done:
