@@ -26,16 +26,16 @@ from typing import Any
 
 import plot_runs
 import runs
+import train_rmc
+import train_rnn
 from runs import UserError
 
-# Arguments that change nothing in a run's numbers but the seed's.
-NOT_COMPARED = runs.RESUME_MAY_CHANGE | {"seed", "name", "evaluate", "state_lengths", "collective_timeout"}
-# Absent from the arguments of runs that are older than the flags, with the values of runs without them.
-LATER_FLAGS = {
-    "ar": 0.0, "average": "none", "average_decay": 0.999, "average_trigger": 5, "dropout_candidate": 0.0,
-    "dropout_weights": 0.0, "dropout_words": 0.0, "embedding_lr": None, "locked_dropout": False,
-    "random_bptt": None, "tar": 0.0, "weight_decay": 0.0,
+# Arguments that change nothing in a run's numbers but the seed's; a recipe is the flags that it sets.
+NOT_COMPARED = runs.RESUME_MAY_CHANGE | {
+    "seed", "name", "recipe", "evaluate", "state_lengths", "collective_timeout"
 }  # fmt: skip
+# What a run that is older than a flag went without.
+DEFAULTS = {script.SCRIPT: vars(script.build_parser().parse_args([])) for script in (train_rmc, train_rnn)}
 # Flags that the row's command leaves out, each with a value: the row stands for several seeds and folders.
 LEFT_OUT = ("--seed", "--name", "--runs-folder", "--resume", "--save-every")
 HEADER = ("run", "model", "parameters", "valid", "test", "epochs", "minutes", "seeds", "hardware", "command")
@@ -145,7 +145,7 @@ def group(results: Sequence[Result]) -> list[list[Result]]:
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
-        given = {**LATER_FLAGS, **result.run.arguments}
+        given = {**DEFAULTS[result.run.script], **result.run.arguments}
         compared = {k: v for k, v in given.items() if k not in NOT_COMPARED}
         if result.has_dropout:  # each replica and each piece of a batch draws masks of its own
             compared["accumulate"] = result.run.arguments.get("accumulate", 1)
@@ -180,13 +180,7 @@ def row(results: Sequence[Result]) -> list[str]:
     """One group as the cells of HEADER."""
     results, repeated = one_per_seed(results)
     first = results[0]
-    arguments, environment = first.run.arguments, first.record.get("environment", {})
-    model = "RMC" if first.run.script == "train_rmc" else str(arguments.get("model", "RNN"))
-    hardware = first.gpus[0] if first.gpus else f"CPU, {environment.get('threads', '?')} thread(s)"
-    if first.processes > 1:
-        hardware += f", {first.processes} processes"
-    elif first.replicas > 1:
-        hardware = f"{first.replicas} x {hardware}"
+    model = "RMC" if first.run.script == "train_rmc" else str(first.run.arguments.get("model", "RNN"))
     seeds = " ".join(str(result.run.arguments.get("seed", "?")) for result in results)
     if repeated:
         again = [
@@ -201,14 +195,26 @@ def row(results: Sequence[Result]) -> list[str]:
         ", ".join(result.run.label for result in results),
         model,
         f"{parameters:,}" if isinstance(parameters, int) else "-",
-        mean_and_deviation([result.valid for result in results]),
+        # Of runs that are not equally far, a mean would say nothing.
+        mean_and_deviation([result.valid for result in results]) if len(epochs) == 1 else "-",
         mean_and_deviation([result.test for result in results]),
         f"{span(epochs)} (best {span(best)})" if best else span(epochs),
         f"{statistics.fmean(result.minutes for result in results):.1f}",
         seeds,
-        f"{hardware}, torch {environment.get('torch', '?')}",
+        "; ".join(dict.fromkeys(map(hardware, results))),
         f"`{command(first)}`",
     ]
+
+
+def hardware(result: Result) -> str:
+    """What the run was trained on, with which torch."""
+    environment = result.record.get("environment", {})
+    text = result.gpus[0] if result.gpus else f"CPU, {environment.get('threads', '?')} thread(s)"
+    if result.processes > 1:
+        text += f", {result.processes} processes"
+    elif result.replicas > 1:
+        text = f"{result.replicas} x {text}"
+    return f"{text}, torch {environment.get('torch', '?')}"
 
 
 def span(numbers: Sequence[int]) -> str:
@@ -217,13 +223,18 @@ def span(numbers: Sequence[int]) -> str:
 
 
 def command(result: Result) -> str:
-    """The command of a run without what belongs to this one run."""
-    kept, words = [], iter(result.record.get("command_line", []))
+    """The command of a run without what belongs to this one run, and with the epochs that it ended with."""
+    given = result.record.get("command_line", [])
+    resumed = [word for again in result.record.get("resumed", []) for word in again["command_line"]]
+    left_out = (*LEFT_OUT, "--epochs")
+    kept, words = [], iter(given)
     for word in words:
-        if word in LEFT_OUT:
+        if word in left_out:
             next(words, None)
-        elif not word.startswith(tuple(f"{flag}=" for flag in LEFT_OUT)):
+        elif not word.startswith(tuple(f"{flag}=" for flag in left_out)):
             kept.append(word)
+    if any(word.partition("=")[0] == "--epochs" for word in (*given, *resumed)):
+        kept += ["--epochs", str(result.run.arguments["epochs"])]
     words = shlex.join([f"{result.run.script}.py", *kept])
     return f"{result.record.get('launcher', 'python')} {words}".replace("|", "\\|")
 

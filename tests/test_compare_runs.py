@@ -122,6 +122,35 @@ def test_what_draws_other_masks_is_another_row(tmp_path, capsys, dropouts, apart
     assert rows[3]["hardware"] == "3 x H100, torch 2.13.0"
 
 
+def test_runs_that_differ_in_no_number_are_one_row_and_what_differs_is_told(tmp_path, capsys):
+    """A recipe is the flags that it sets, a run older than a flag went without it; devices are all named."""
+    flags = {"schedule": "plateau", "warmup": 0, "project": False, "recipe": None}
+    young = make_run(tmp_path / "young", 1, script="train_rnn", **flags)
+    old = make_run(tmp_path / "old", 2, script="train_rnn", recipe="tiny", gpus=["H100"], cuda=True)
+    compare_runs.main([str(young), str(old)])
+    (row,) = cells(capsys.readouterr().out)
+    assert row["run"] == "young, old" and row["valid"] == "20.00 ± 0.00"
+    assert row["hardware"] == "CPU, 1 thread(s), torch 2.13.0; H100, torch 2.13.0"
+    log = old / "log.jsonl"
+    log.write_text(log.read_text().splitlines()[0] + "\n")  # one epoch: not to be averaged with three
+    compare_runs.main([str(young), str(old)])
+    (row,) = cells(capsys.readouterr().out)
+    assert (row["valid"], row["test"], row["epochs"]) == ("-", "-", "1 to 3 (best 1 to 2)")
+
+
+@pytest.mark.parametrize(("begun", "resumed", "shown"), [
+    (["--epochs", "40", "--lr", "0.1"], [["--resume", "x", "--epochs", "3"]], " --lr 0.1 --epochs 3`"),
+    (["--epochs=40"], [["--resume", "x"]], " --epochs 3`"),
+    (["--recipe", "tiny"], [["--resume", "x", "--epochs", "3"]], " --recipe tiny --epochs 3`"),
+    (["--recipe", "tiny"], [], "train_rmc.py --recipe tiny`"),
+])
+def test_the_command_is_of_the_epochs_that_the_run_ended_with(tmp_path, capsys, begun, resumed, shown):
+    record = {"command_line": begun, "resumed": [{"command_line": words} for words in resumed]}
+    compare_runs.main([str(make_run(tmp_path / "run", record=record, epochs=3))])
+    (row,) = cells(capsys.readouterr().out)
+    assert row["command"].endswith(shown)
+
+
 def test_folders_that_cannot_be_compared_are_refused(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         compare_runs.read_result(tmp_path / "nothing")
