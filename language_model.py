@@ -6,6 +6,7 @@ A model differs in its recurrent part alone. It hands its sizes to LanguageModel
 Because tokens, targets and state all have the batch first, torch.nn.DataParallel splits them alike.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -149,3 +150,8 @@ def check_probability(name: str, value: float) -> None:
     """Raise ValueError unless value is a dropout probability, 0 <= value < 1."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a probability of at least 0 and below 1, got {value!r}")
+
+
+def perplexity(loss: float) -> float:
+    """e^loss, a loss in nats per token; infinite where that overflows and for a loss that is no number."""
+    return math.exp(loss) if loss < 700 else math.inf

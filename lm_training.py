@@ -31,7 +31,7 @@ import state_lengths
 from cuda_graphs import capture_together
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
 from distributed import ALONE, FlatGradients, Processes
-from language_model import LanguageModel
+from language_model import LanguageModel, perplexity
 from lm_flags import LR_FACTOR, PATIENCE, Recipes, apply_recipe, choose_softmax
 from regularisation import WeightAverage, parameter_groups, window_stops
 from relational_rnn_models import RelationalMemoryLM
@@ -95,11 +95,6 @@ def evaluate(
         return processes.add_up(total).item() / columns.num_pairs
     finally:
         model.train(was_training)
-
-
-def perplexity(loss: float) -> float:
-    """e^loss; infinite where that overflows, and for a loss that is no number."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 # ---- models and checkpoints
@@ -992,6 +987,6 @@ def score(args: argparse.Namespace, given: dict[str, Any]) -> int:
             say(state_lengths.table(rows, loss, columns))
             lengths[split] = (rows, loss)
     if lengths and processes.is_main:
-        state_lengths.write_csv(path.parent / "state_lengths.csv", lengths)
+        state_lengths.write_csv(path.parent / "state_lengths.csv", lengths, columns)
         say(f"written: {path.parent / 'state_lengths.csv'}")
     return 0

@@ -8,7 +8,7 @@ A folder that is no run itself stands for the runs in it and in the folders in i
 these is left out, and told on standard error.
 
 Examples: python plot_runs.py runs
-          python plot_runs.py results/nth_farthest/small/rmc --outf accuracy.png
+          python plot_runs.py results/nth_farthest/small --outf accuracy.png
 """
 
 from __future__ import annotations

@@ -513,6 +513,9 @@ class RelationalMemory(nn.Module):
             raise ValueError(
                 f"memory must have shape (B, mem_slots, mem_size) = {expected}, got {tuple(memory.shape)}"
             )
+        dtype = self.input_projection.weight.dtype
+        if memory.dtype != dtype and not torch.is_autocast_enabled(memory.device.type):
+            raise ValueError(f"memory must be {dtype}, as the core's weights are, got {memory.dtype}")
         return memory
 
     def _checked_mask(self, mask: Tensor | None, memory: Tensor) -> Tensor | None:

@@ -28,7 +28,7 @@ import torch
 
 import runs
 from data_utils import IGNORED
-from language_model import LanguageModel
+from language_model import LanguageModel, perplexity
 
 WINDOW = 100  # places of a segment read at once
 TOKENS_AT_ONCE = 6400  # of all segments together
@@ -118,22 +118,22 @@ def table(rows: Sequence[StateLength], carried: float, columns: int) -> str:
     ]
     for low, row in zip([0, *(row.words for row in rows)], rows, strict=False):
         since = f"{row.words:,}" if row.words == low + 1 else f"{low + 1:,}-{row.words:,}"
-        between = f"{math.exp(row.loss_between):.2f}" if row.targets_between else "-"
+        between = f"{perplexity(row.loss_between):.2f}" if row.targets_between else "-"
         lines.append(
-            f"{row.words:>12,}  {math.exp(row.loss):>9.2f}  {row.targets:>9,}  |  "
+            f"{row.words:>12,}  {perplexity(row.loss):>9.2f}  {row.targets:>9,}  |  "
             f"{since:>19}  {between:>9}  {row.targets_between:>9,}"
         )
-    return "\n".join([*lines, f"{'never':>12}  {math.exp(carried):>9.2f}  ({columns} columns)"])
+    return "\n".join([*lines, f"{'never':>12}  {perplexity(carried):>9.2f}  ({columns} columns)"])
 
 
-def write_csv(path: Path, splits: dict[str, tuple[Sequence[StateLength], float]]) -> None:
-    """Writes the rows of all splits; the carried state's row has no number of words."""
+def write_csv(path: Path, splits: dict[str, tuple[Sequence[StateLength], float]], columns: int) -> None:
+    """Writes the rows of all splits; the carried state's row has no number of words, but one of columns."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["split", "words", "loss", "targets", "loss_between", "targets_between"])
+    writer.writerow(["split", "words", "columns", "loss", "targets", "loss_between", "targets_between"])
     for split, (rows, carried) in splits.items():
         for row in rows:
             between = repr(row.loss_between) if row.targets_between else ""
-            writer.writerow([split, row.words, repr(row.loss), row.targets, between, row.targets_between])
-        writer.writerow([split, "", repr(carried), "", "", ""])
+            writer.writerow([split, row.words, "", repr(row.loss), row.targets, between, row.targets_between])
+        writer.writerow([split, "", columns, repr(carried), "", "", ""])
     runs.atomic_write(path, lambda file: file.write(text.getvalue().encode("utf-8")))

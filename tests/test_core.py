@@ -712,5 +712,9 @@ def test_wrong_memory_shapes_and_empty_sequences_are_refused():
     for shape in ((B, N, D + 1), (B + 1, N, D), (N, D)):
         with pytest.raises(ValueError, match=r"memory must have shape .*got \("):
             core(randn(B, T, INPUT), randn(*shape))
+    for fast in (True, False):
+        core.fast = fast
+        with pytest.raises(ValueError, match="memory must be torch.float64, .* got torch.float32"):
+            core(randn(B, T, INPUT), randn(B, N, D).float())
     with pytest.raises(ValueError, match="at least one time step"):
         core(randn(B, 0, INPUT))

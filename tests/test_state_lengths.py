@@ -92,6 +92,7 @@ def test_evaluate_prints_the_table_and_writes_the_csv(corpus_folder, tmp_path, c
     assert [(row["split"], row["words"]) for row in rows] == [
         (split, words) for split in ("valid", "test") for words in ("5", "50", "1000", "")
     ]
+    assert [row["columns"] for row in rows] == ["", "", "", "1"] * 2
     # Longer than the split: one segment, which is the split read as one stream.
     assert float(rows[2]["loss"]) == pytest.approx(float(rows[3]["loss"]), rel=1e-5)
     with pytest.raises(UserError, match="--state-lengths needs --evaluate"):

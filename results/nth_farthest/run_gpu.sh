@@ -4,7 +4,7 @@
 # the same settings, until it says that all is finished. What it did so far is in OUT at any moment.
 #
 #   results/nth_farthest/run_gpu.sh                     the paper's protocol
-#   RECIPE=ours results/nth_farthest/run_gpu.sh         our faster recipe (docs/nth_farthest.md)
+#   RECIPE=ours results/nth_farthest/run_gpu.sh         our recipe (docs/nth_farthest.md)
 #   ... --num-dims 32                                   further flags go to every run
 #
 # Settings, as environment variables:
