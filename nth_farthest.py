@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from language_model import check_size
 from relational_rnn_general import RelationalMemory
 from rnn_models import fused_precision
 
@@ -148,8 +149,7 @@ class NthFarthestModel(nn.Module):
             "head_layers": head_layers,
             "head_units": head_units,
         }.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_size(name, value)
         for name, value in {"input_scale": input_scale, "memory_scale": memory_scale}.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and 0 < value < math.inf):

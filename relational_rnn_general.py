@@ -727,7 +727,8 @@ class _Scan(torch.autograd.Function):
                     grad_last,
                 )
             except RuntimeError as error:
-                if "atching rule" in str(error):        # torch's vmap over the gradients
+                # "Batching rule not implemented for ...": torch's vmap over the gradients.
+                if "atching rule" in str(error):
                     raise RuntimeError(_REFUSAL) from error
                 raise
         return None, grad_memory, None, *gradients
