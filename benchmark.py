@@ -237,6 +237,8 @@ class ModelRunner:
         )
         self.state = self.model.initial_state(task.batch) if task.kind == "lm" else None
         self.notes: list[str] = []
+        if device.type == "cuda" and variant.bf16 and variant.model == "lstm" and variant.fast:
+            self.notes.append("fused layers in float32")
         self._train, self._forward = (
             CapturedStep(function, device, graph, on_failure=self.notes.append)
             for function in (self._train_step, self._evaluate)
@@ -674,6 +676,7 @@ class Report:
         repeats: dict[str, int] = {}
         for variant in variants:
             say(f"{section}: {task}, {phase}: {variant.label}")
+            runner = None
             try:
                 runner = make_runner(task, variant, self.device)
                 repeats[variant.label] = warm_up(getattr(runner, phase), self.device)
@@ -682,20 +685,29 @@ class Report:
                 if not runs.is_out_of_memory(error):
                     raise
                 rows[variant.label].note = "out of memory"
+            if rows[variant.label].note:
+                runner = None
+                self.free()
         calls = {label: getattr(runner, phase) for label, runner in runners.items()}
         samples = measure(calls, repeats, self.rounds, self.seconds, self.device)
         for label, runner in runners.items():
             self._fill(rows[label], runner, samples)
         self.rows += rows.values()
-        # A runner and its captured steps refer to each other. Without a collection, their memory would stay
-        # taken in the next table, and a graph could be destroyed while another is being captured.
         runner = None
         for held in (runners, calls):
             held.clear()
+        self.free()
+        return list(rows.values())
+
+    def free(self) -> None:
+        """Gives memory back that no runner needs any more.
+
+        A runner and its captured steps refer to each other. Without a collection their memory would not be
+        there for the next ones, and a graph could be destroyed while another is being captured.
+        """
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return list(rows.values())
 
     def wants(self, variant: Variant) -> bool:
         """Whether the variant is to be measured."""

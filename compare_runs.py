@@ -34,7 +34,7 @@ from runs import UserError
 NOT_COMPARED = runs.RESUME_MAY_CHANGE | {
     "seed", "name", "recipe", "evaluate", "state_lengths", "collective_timeout"
 }  # fmt: skip
-# What a run that is older than a flag went without.
+# Of flags that a run is older than: a new flag's default must leave things as they were.
 DEFAULTS = {script.SCRIPT: vars(script.build_parser().parse_args([])) for script in (train_rmc, train_rnn)}
 # Flags that the row's command leaves out, each with a value: the row stands for several seeds and folders.
 LEFT_OUT = ("--seed", "--name", "--runs-folder", "--resume", "--save-every")
@@ -67,7 +67,10 @@ class Result:
     @property
     def replicas(self) -> int:
         """How many copies of the model share a batch: one per process, or one per GPU of a single process."""
-        return self.processes if self.processes > 1 else max(1, len(self.gpus))
+        if self.processes > 1 or not self.gpus:
+            return self.processes
+        given = {**DEFAULTS[self.run.script], **self.run.arguments}
+        return runs.replica_count(len(self.gpus), given["batch_size"] // given["accumulate"])
 
     @property
     def has_dropout(self) -> bool:
@@ -199,7 +202,7 @@ def row(results: Sequence[Result]) -> list[str]:
         mean_and_deviation([result.valid for result in results]) if len(epochs) == 1 else "-",
         mean_and_deviation([result.test for result in results]),
         f"{span(epochs)} (best {span(best)})" if best else span(epochs),
-        f"{statistics.fmean(result.minutes for result in results):.1f}",
+        f"{statistics.fmean(result.minutes for result in results):.1f}" if len(epochs) == 1 else "-",
         seeds,
         "; ".join(dict.fromkeys(map(hardware, results))),
         f"`{command(first)}`",
@@ -223,7 +226,7 @@ def span(numbers: Sequence[int]) -> str:
 
 
 def command(result: Result) -> str:
-    """The command of a run without what belongs to this one run, and with the epochs that it ended with."""
+    """The command of a run without what belongs to this one run, and with --epochs as it was last."""
     given = result.record.get("command_line", [])
     resumed = [word for again in result.record.get("resumed", []) for word in again["command_line"]]
     left_out = (*LEFT_OUT, "--epochs")

@@ -102,13 +102,13 @@ class CapturedStep:
                 found = f"one on {given.device}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
                 raise ValueError(f"input {number} of a captured step must be on {self.device}, got {found}")
         self.inputs = tuple(given.clone() for given in inputs)
-        collected = gc.isenabled()
+        collecting = gc.isenabled()
         try:
             # A graph that the garbage collector destroyed during the recording would break it.
             gc.collect()
             gc.disable()
             graph = torch.cuda.CUDAGraph()
-            if hasattr(graph, "register_generator_state"):  # later versions of torch do without
+            if hasattr(graph, "register_generator_state"):  # may go: later versions do this at the first use
                 for generator in self.generators:
                     graph.register_generator_state(generator)
             # The outer `with`: torch.cuda.graph alone leaves its stream the current one when its end fails.
@@ -126,7 +126,7 @@ class CapturedStep:
             self.on_failure(f"the step cannot be captured as a CUDA graph ({reason}); going on without")
             return False
         finally:
-            if collected:
+            if collecting:
                 gc.enable()
         self.graph = graph
         return True

@@ -159,7 +159,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def tell_apart(found: Mapping[Path, Run]) -> None:
-    """Gives runs whose folders have one name the name of the folder above, too."""
+    """Gives runs whose folders have one name that of the folder above, too, which may still not differ."""
     names = Counter(run.label for run in found.values())
     for folder, run in found.items():
         if names[run.label] > 1:

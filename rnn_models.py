@@ -201,7 +201,7 @@ class RNNLM(LanguageModel):
 
 
 def fused_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Around torch's fused layers: float32 on a GPU, with TF32 products, whatever autocast asks for.
+    """Around torch's fused layers: float32 on a GPU, or TF32 where allowed, whatever autocast asks for.
 
     torch hands cuDNN's recurrent layers float16 under any autocast (aten/src/ATen/cudnn/AutocastRNN.cpp), in
     which small gradients vanish unless the loss is scaled. On a CPU autocast's bfloat16 is what they get.

@@ -239,8 +239,8 @@ def add_precision_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bf16",
         action="store_true",
-        help="train with products in bfloat16; softmax, norms and memory stay in float32, evaluation too, "
-        "and the fused layers of an LSTM on a GPU",
+        help="train with products in bfloat16; softmax, norms, memory and evaluation stay in float32, and so "
+        "do torch's fused recurrent layers on a GPU",
     )
     group.add_argument(
         "--strict-float32",
@@ -969,15 +969,22 @@ def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> No
         )
 
 
+def replica_count(gpus: int, batch_size: int) -> int:
+    """Among how many of the GPUs DataParallel divides a batch.
+
+    Its pieces are equal but for the last, so that 20 examples on 8 GPUs are 7 pieces of 3 or fewer. A replica
+    without examples would be called without arguments.
+    """
+    count = max(1, min(gpus, batch_size))
+    return -(-batch_size // -(-batch_size // count))
+
+
 def wrap_data_parallel(model: nn.Module, device: torch.device, batch_size: int) -> nn.Module:
     """The model as it is, or spread over the visible GPUs along the batch, at most one GPU per example.
 
     Arguments and results of the model's forward have the batch (or one row per replica) as first dimension.
     """
-    count = min(torch.cuda.device_count(), batch_size) if device.type == "cuda" else 1
-    # Pieces are equal but for the last, so that 20 examples on 8 GPUs are 7 pieces of 3 or fewer. A replica
-    # without examples would be called without arguments.
-    count = -(-batch_size // -(-batch_size // max(count, 1)))
+    count = replica_count(torch.cuda.device_count(), batch_size) if device.type == "cuda" else 1
     return Replicas(model, device_ids=list(range(count))) if count > 1 else model
 
 

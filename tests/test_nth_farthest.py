@@ -1008,6 +1008,7 @@ def test_when_one_of_several_steps_cannot_be_captured_none_is_replayed(monkeypat
     steps[0].graph = object()  # recorded before
 
     def refuse(*arguments, **options):
+        assert not gc.isenabled()
         raise RuntimeError("no")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
@@ -1067,11 +1068,16 @@ def compare_failed_capture_with_eager_steps():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("more", [[], STAGES, ["--model", "lstm", "--nhid", "9"]])
-def test_a_captured_run_equals_an_eager_one(tmp_path, more, capsys):
+@pytest.mark.parametrize("more", [[], STAGES, ["--model", "lstm", "--nhid", "9"],
+                                  ["--model", "lstm", "--nhid", "9", "--bf16"]])
+def test_a_captured_run_equals_an_eager_one(tmp_path, more, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # several would rule captures out
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
     flags = ["--steps", 30, "--cuda", "--warmup", 20, *more]
     _, eager = train(tmp_path, *flags, "--no-cuda-graph", name="eager")
     _, captured = train(tmp_path, *flags, name="captured")
     assert "cannot be captured" not in capsys.readouterr().err
+    assert len(replays) == 30 - cuda_graphs.WARMUP_CALLS
     for name, value in weights(eager).items():
         torch.testing.assert_close(weights(captured)[name], value, rtol=1e-3, atol=1e-4)

@@ -45,7 +45,8 @@ train() {
     if [[ -f $folder/args.json ]]; then
         "$PYTHON" train_nth_farthest.py --resume "$folder" $DEVICE "${session[@]}"
     else
-        rm -rf "$folder" # left by a run that was killed as it made its folder
+        # A run that was killed as it made its folder has left it without arguments.
+        if [[ -d $folder ]]; then "$PYTHON" -c 'import runs, sys; runs.discard_unbegun_run_folder(sys.argv[1])' "$folder"; fi
         "$PYTHON" train_nth_farthest.py --runs-folder "$OUT" --name "$name" $DEVICE --steps "$STEPS" \
             --log-interval 250 --save-every 1 "$@" "${session[@]}"
     fi

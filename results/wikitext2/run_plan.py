@@ -146,7 +146,7 @@ def original() -> list[Job]:
 
 
 def recipe() -> list[Job]:
-    """The measured recipe of either model."""
+    """The recommended recipe of either model."""
     return [
         Job(f"recipe-{model}-seed{seed}", model, ("--recipe", "wikitext2", "--seed", str(seed)))
         for seed in SEEDS
@@ -283,7 +283,10 @@ def say(text: str) -> None:
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may be set to, for one GPU each."""
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if "-1" in named:  # where CUDA stops reading
+        named = named[: named.index("-1")]
+    named = [name for name in named if name]
     return named or [str(number) for number in range(torch.cuda.device_count())]
 
 
@@ -347,6 +350,7 @@ class Plan:
         parallel = 1 if scoring else self.args.parallel
         while waiting or running:
             if scoring and waiting and not running and self.left < self.args.scoring_minutes * 60:
+                say(f"no scoring is begun with less than {self.args.scoring_minutes:g} minutes left")
                 return False
             while waiting and len(running) < parallel and not self.over:
                 job = waiting.pop(0)
@@ -451,7 +455,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/wikitext2"), help="folder of the runs (runs/wikitext2)")
     add("--minutes", type=float, default=0, help="stop after so long, to go on with another call (0: never)")
     add("--scoring-minutes", type=float, default=4, help="begin no scoring with less time left than this (4)")
-    add("--parallel", type=int, default=1, help="runs side by side on one device (1)")
+    add("--parallel", type=int, default=1, help="runs side by side, dealt to all visible GPUs (1)")
     add("--cuda", action="store_true", help="on the GPU")
     add("--trials", type=int, default=12, help="of each model in the stage search (12)")
     add("--search-epochs", type=int, default=30, help="epochs of a trial (30)")
@@ -463,6 +467,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Works on the plan; returns 0, also when there is more to do."""
     args = build_parser().parse_args(argv)
+    if 0 < args.minutes <= args.scoring_minutes:
+        raise runs.UserError(
+            f"with --minutes {args.minutes:g} no run could ever be scored, as no scoring is begun with less "
+            f"than --scoring-minutes {args.scoring_minutes:g} left. Raise the one or lower the other."
+        )
     args.out = args.out if args.out.is_absolute() else ROOT / args.out
     for folder in ("failed", "output"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
