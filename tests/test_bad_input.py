@@ -284,7 +284,7 @@ CONTRADICTIONS = [
     ("generate_rmc", "--checkpoint RUN --outf NONE/text", ["--outf must be a file in a folder"]),
     ("plot_runs", "NONE", ["no run folder", "not there"]),
     ("plot_runs", "FILE", ["no run folder", "a file"]),
-    ("plot_runs", "EMPTY", ["is not a run folder with a log", "no args.json"]),
+    ("plot_runs", "EMPTY", ["there is no run to draw", "a folder with runs"]),
     ("plot_runs", "OTHER NTH", ["no axis in common", "Plot language models and Nth farthest separately"]),
     ("plot_runs", "OTHER --outf EMPTY", ["cannot write"]),
     ("plot_runs", "OTHER --outf NONE/x.png", ["cannot write"]),
