@@ -5,8 +5,8 @@ mean of their perplexities and, from two runs on, the standard deviation over se
 seed counts once: of several runs with one seed the first that has been tested stands for it, the others are
 named in the column of the seeds and left out of every number. The table goes to standard output.
 
-A folder that is no run itself stands for the runs in it and in the folders in it: those of language models
-that have finished an epoch. What is left out is told on standard error.
+A folder that is no run itself stands for the runs in it and in the folders in it, no deeper: those of
+language models that have finished an epoch. What is left out is told on standard error.
 
 Examples: python compare_runs.py runs
           python compare_runs.py results/tiny/rmc results/tiny/lstm --outf curves.png

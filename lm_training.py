@@ -885,8 +885,8 @@ def warn_of_short_epochs(args: argparse.Namespace, steps: int, targets: int) -> 
 
 def go_on(trainer: Trainer, folder: Path, argv: Sequence[str] | None, new_epochs: bool) -> None:
     """Takes up a run where its last.pt stands, and notes it; `new_epochs`: --epochs was given too."""
-    args, processes, last = trainer.args, trainer.processes, folder / "last.pt"
-    checkpoint = processes.from_main(lambda: runs.load_checkpoint(last) if last.exists() else None)
+    args, processes = trainer.args, trainer.processes
+    checkpoint = processes.from_main(lambda: runs.load_last(folder))
     if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
         trainer.restore(checkpoint)
     trainer.restore_best(folder)

@@ -4,8 +4,8 @@ Language-model runs are drawn as perplexity against epochs and against minutes; 
 as accuracy and loss against steps and against minutes, with lines for chance, for the plateau of a model that
 knows only that the nearest vector is the reference itself, and for the paper's 91 %.
 
-A folder that is no run itself stands for the runs in it and in the folders in it; what cannot be drawn of
-these is left out, and told on standard error.
+A folder that is no run itself stands for the runs in it and in the folders in it, no deeper; what cannot be
+drawn of these is left out, and told on standard error.
 
 Examples: python plot_runs.py runs
           python plot_runs.py results/nth_farthest/small --outf accuracy.png

@@ -772,6 +772,27 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 _DOS_FOLDER = 0x10  # attribute of a zip entry
 
 
+def load_last(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """The contents of a run's last.pt, on a device; None for a run that was killed before its first save.
+
+    Raises:
+        UserError: as `load_checkpoint`; or there is no last.pt of a run that has come further, by its log:
+            begun again, it would mix two runs in one folder.
+    """
+    path, log = Path(folder) / "last.pt", Path(folder) / "log.jsonl"
+    if path.exists():
+        return load_checkpoint(path, device)
+    for event in read_log(log) if log.exists() else ():
+        epoch = event.get("epoch")
+        later = isinstance(epoch, (int, float)) and epoch > 1
+        if later or event.get("event") in ("test", "final", "interrupt"):
+            raise UserError(
+                f"{folder} has no last.pt to go on from, though its log tells of work that was saved. "
+                "Start a new run without --resume."
+            )
+    return None
+
+
 def _check_archive(path: Path) -> None:
     """Raises ValueError or zipfile's errors unless the file is an intact archive as torch.save makes it."""
     with zipfile.ZipFile(path) as archive:

@@ -771,9 +771,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def go_on(trainer: Trainer, folder: Path, argv: Sequence[str] | None) -> None:
     """Takes up a run where its last.pt stands, and notes it."""
-    args, processes, last = trainer.args, trainer.processes, folder / "last.pt"
+    args, processes = trainer.args, trainer.processes
     where = trainer.device if processes.alone else "cpu"
-    checkpoint = processes.from_main(lambda: runs.load_checkpoint(last, where) if last.exists() else None)
+    checkpoint = processes.from_main(lambda: runs.load_last(folder, where))
     if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
         trainer.restore(checkpoint)
     trainer.restore_best(folder)

@@ -653,3 +653,25 @@ def test_replicas_compute_in_the_precision_that_is_asked_for(monkeypatch, dtype)
         enabled = torch.is_autocast_enabled("cuda")  # only where there is a GPU
         replicas.parallel_apply([replica, replica], [(1,), (2,)], [{"penalty": 3}, {"penalty": 4}])
     assert sorted(seen, key=str) == [(1, 3, dtype, enabled), (2, 4, dtype, enabled)]
+
+
+# ---- a run whose last.pt is gone
+
+
+@pytest.mark.parametrize(("events", "refused"), [
+    ([], False),
+    ([{"event": "train", "epoch": 1, "step": 100}, {"event": "valid", "epoch": 1, "step": 120}], False),
+    ([{"event": "train", "epoch": 2, "step": 200}], True),
+    ([{"event": "test", "epoch": 1, "step": 120}], True),
+    ([{"event": "final", "step": 900}], True),
+    ([{"event": "train", "epoch": "two", "step": 200}], False),
+])
+def test_a_run_that_was_saved_is_not_begun_again_without_its_last(tmp_path, events, refused):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if refused:
+        with pytest.raises(UserError, match="has no last.pt to go on from.*without --resume"):
+            runs.load_last(tmp_path)
+    else:
+        assert runs.load_last(tmp_path) is None
+    runs.save_checkpoint(tmp_path / "last.pt", {"step": 3})
+    assert runs.load_last(tmp_path)["step"] == 3
