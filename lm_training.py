@@ -41,6 +41,11 @@ from runs import UserError, say
 MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
 SCRIPTS = ("train_rmc", "train_rnn")
 FEW_STEPS = 20  # an epoch of fewer is warned of
+# Arguments that --evaluate looks at: the others are those of the run that made the model.
+USED_BY_EVALUATE = frozenset({
+    "bptt", "collective_timeout", "cuda", "data", "eval_batch_size", "state_lengths", "strict_float32",
+    "threads",
+})  # fmt: skip
 LOWER_MEMORY = "--batch_size or --bptt, use --adaptivesoftmax, or raise --accumulate"
 
 
@@ -811,7 +816,9 @@ def run(
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
-        return score(args, runs.given_arguments(parser, argv))
+        given = runs.given_arguments(parser, argv)
+        runs.warn_of_ignored(parser, given, USED_BY_EVALUATE)
+        return score(args, given)
     device, processes = distributed.start(args)
     runs.seed_everything(args.seed)
     with processes.one_per_host_first(), text_may_have_moved(args.resume):

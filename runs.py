@@ -31,7 +31,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -300,6 +300,13 @@ def given_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
 def flag_of(parser: argparse.ArgumentParser, name: str) -> str:
     """The flag, as typed, whose value has this name in the namespace."""
     return next(action.option_strings[0] for action in parser._actions if action.dest == name)
+
+
+def warn_of_ignored(parser: argparse.ArgumentParser, given: Iterable[str], used: frozenset[str]) -> None:
+    """Warns of arguments, by name, that the command line gives to an --evaluate which looks at others."""
+    ignored = [flag_of(parser, name) for name in given if name not in used | {"evaluate"}]
+    if ignored:
+        warn(f"--evaluate ignores {', '.join(ignored)}: the model comes with its run.")
 
 
 def _saved_arguments(folder: Path, parser: argparse.ArgumentParser, script: str) -> dict[str, Any]:

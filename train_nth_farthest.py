@@ -729,6 +729,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
+        runs.warn_of_ignored(parser, runs.given_arguments(parser, argv), frozenset(("cuda", "threads")))
         return evaluate_run(parser, args)
     device, processes = distributed.start(args)
     runs.seed_everything(args.seed)

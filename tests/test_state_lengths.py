@@ -95,5 +95,8 @@ def test_evaluate_prints_the_table_and_writes_the_csv(corpus_folder, tmp_path, c
     assert [row["columns"] for row in rows] == ["", "", "", "1"] * 2
     # Longer than the split: one segment, which is the split read as one stream.
     assert float(rows[2]["loss"]) == pytest.approx(float(rows[3]["loss"]), rel=1e-5)
+    assert "ignores" not in capsys.readouterr().err
+    assert train_rnn.main([*command, "--emsize", "99", "--lr", "5"]) == 0
+    assert "--evaluate ignores --emsize, --lr: the model comes with its run" in capsys.readouterr().err
     with pytest.raises(UserError, match="--state-lengths needs --evaluate"):
         train_rnn.main(["--state-lengths", "5", "--data", str(corpus_folder)])
