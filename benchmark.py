@@ -676,7 +676,6 @@ class Report:
         repeats: dict[str, int] = {}
         for variant in variants:
             say(f"{section}: {task}, {phase}: {variant.label}")
-            runner = None
             try:
                 runner = make_runner(task, variant, self.device)
                 repeats[variant.label] = warm_up(getattr(runner, phase), self.device)

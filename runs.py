@@ -776,9 +776,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return contents
 
 
-_DOS_FOLDER = 0x10  # attribute of a zip entry
-
-
 def load_last(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
     """The contents of a run's last.pt, on a device; None for a run that was killed before its first save.
 
@@ -798,6 +795,9 @@ def load_last(folder: str | Path, device: torch.device | str = "cpu") -> dict[st
                 "Start a new run without --resume."
             )
     return None
+
+
+_DOS_FOLDER = 0x10  # attribute of a zip entry
 
 
 def _check_archive(path: Path) -> None:
