@@ -34,7 +34,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from runs import UserError, atomic_write, say, warn
+from training.console import UserError, say, warn
+from training.files import atomic_write
 
 EOS = "<eos>"
 UNK = "<unk>"

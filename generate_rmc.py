@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-import lm_training
-import runs
 from data_utils import EOS, UNK, Vocabulary
-from language_model import LanguageModel
-from runs import UserError
+from layers.language_model import LanguageModel
+from training import checkpoints, console, devices, files, flags, lm_training, runs
+from training.console import UserError
 
 SHOWN = 400  # characters of the text that are printed too
 
@@ -26,7 +25,7 @@ SHOWN = 400  # characters of the text that are printed too
 def build_parser() -> argparse.ArgumentParser:
     """The script's command line."""
     parser = argparse.ArgumentParser(
-        prog="generate_rmc.py", description=__doc__, formatter_class=runs.HelpFormatter, allow_abbrev=False
+        prog="generate_rmc.py", description=__doc__, formatter_class=flags.HelpFormatter, allow_abbrev=False
     )
     source = parser.add_argument_group("model")
     source.add_argument(
@@ -47,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--cuda", action="store_true", help="compute on the GPU; without it on the CPU")
     source.add_argument(
         "--threads",
-        type=runs.thread_count,
+        type=flags.thread_count,
         default=0,
         metavar="N",
         help="CPU threads that torch may use; 0 = its own choice",
@@ -61,44 +60,44 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument(
         "--words",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=1000,
         metavar="N",
         help="words to write per sample, ends of lines counted, the prompt not",
     )
     text.add_argument(
-        "--samples", type=runs.positive_int, default=1, metavar="N", help="texts to write side by side"
+        "--samples", type=flags.positive_int, default=1, metavar="N", help="texts to write side by side"
     )
     text.add_argument("--prompt", default="", metavar="TEXT", help="words to begin with, separated by spaces")
     text.add_argument(
         "--log-interval",
         "--log_interval",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=100,
         metavar="WORDS",
         help="words between two reports of progress",
     )
     choice = parser.add_argument_group("choice of words")
     choice.add_argument(
-        "--seed", type=runs.seed_int, default=1111, metavar="N", help="seed of the random choices"
+        "--seed", type=flags.seed_int, default=1111, metavar="N", help="seed of the random choices"
     )
     choice.add_argument(
         "--temperature",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         default=1.0,
         metavar="X",
         help="divides the log-probabilities: below 1 safer, above 1 bolder; 0 = always the likeliest",
     )
     choice.add_argument(
         "--top-k",
-        type=runs.non_negative_int,
+        type=flags.non_negative_int,
         default=0,
         metavar="K",
         help="choose among the K likeliest words only; 0 = all",
     )
     choice.add_argument(
         "--top-p",
-        type=runs.probability,
+        type=flags.probability,
         default=1.0,
         metavar="P",
         help="choose among the likeliest words that together reach probability P; 1 = all",
@@ -206,7 +205,7 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
     words = prompt.split()
     unknown = [word for word in dict.fromkeys(words) if word not in vocabulary.index]
     if unknown and UNK in vocabulary.index and len(unknown) < len(set(words)):
-        runs.warn(f"not in the model's vocabulary, read as {UNK}: {' '.join(unknown)}")
+        console.warn(f"not in the model's vocabulary, read as {UNK}: {' '.join(unknown)}")
         return vocabulary.encode(words, allow_unknown=True)
     return vocabulary.encode(words)
 
@@ -233,8 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = find_model(args)
     if args.outf != "-" and (Path(args.outf).is_dir() or not Path(args.outf).absolute().parent.is_dir()):
         raise UserError(f"--outf must be a file in a folder that is there, got {args.outf}.")
-    device = runs.choose_device(args.cuda, args.threads)
-    model, vocabulary = lm_training.load_model(runs.load_checkpoint(path), device)
+    device = devices.choose_device(args.cuda, args.threads)
+    model, vocabulary = lm_training.load_model(checkpoints.load_checkpoint(path), device)
     prompt = encode_prompt(args.prompt, vocabulary)
     banned = [vocabulary.index[UNK]] if args.no_unk and UNK in vocabulary.index else []
     if len(banned) == len(vocabulary):
@@ -246,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def choose_next(log_probabilities: torch.Tensor) -> torch.Tensor:
         return choose(log_probabilities, args.temperature, args.top_k, args.top_p, banned, generator)
 
-    with runs.Interrupts() as interrupts, runs.Progress(args.words, "writing", unit="word") as progress:
+    with console.Interrupts() as interrupts, console.Progress(args.words, "writing", unit="word") as progress:
 
         def tick(done: int) -> bool:
             progress.advance()
@@ -264,11 +263,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.outf == "-":
         print(text, end="")
     else:
-        runs.atomic_write(args.outf, lambda file: file.write(text.encode("utf-8", errors="surrogatepass")))
+        files.atomic_write(args.outf, lambda file: file.write(text.encode("utf-8", errors="surrogatepass")))
         print(text[:SHOWN].rstrip() + (" ..." if len(text) > SHOWN else ""))
         print(f"{len(ids[0]) * len(ids):,} words written to {args.outf}")
     return interrupts.exit_status
 
 
 if __name__ == "__main__":
-    runs.run_script(main, "--samples")
+    console.run_script(main, "--samples")

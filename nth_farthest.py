@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from language_model import check_size
+from layers.language_model import check_size
 from relational_rnn_general import RelationalMemory
 from rnn_models import fused_precision
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.func import functional_call
 
-from language_model import LanguageModel, check_probability, check_size
-from regularisation import drop_weights, dropout_mask
+from layers.language_model import LanguageModel, check_probability, check_size
+from layers.regularisation import drop_weights, dropout_mask
 from relational_rnn_general import RelationalMemory
 
 

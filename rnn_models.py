@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from language_model import LanguageModel, check_probability, check_size
-from regularisation import drop_weights, dropout, dropout_mask
+from layers.language_model import LanguageModel, check_probability, check_size
+from layers.regularisation import drop_weights, dropout, dropout_mask
 
 # With weight drop, cuDNN copies the weights into one piece of memory at every call, and says so each time.
 # Here and not around the call: warnings.catch_warnings is not safe in the threads of DataParallel.

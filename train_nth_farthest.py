@@ -21,11 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import distributed
-import runs
-from core_flags import add_core_flags, core_arguments
-from cuda_graphs import capture_together
-from distributed import ALONE, FlatGradients, Processes
 from nth_farthest import (
     MODELS,
     NthFarthestModel,
@@ -35,7 +30,11 @@ from nth_farthest import (
     make_batch,
     question_of,
 )
-from runs import UserError, say
+from training import checkpoints, console, devices, distributed, flags, runs, schedule
+from training.console import UserError, say
+from training.core_flags import add_core_flags, core_arguments
+from training.cuda_graphs import capture_together
+from training.distributed import ALONE, FlatGradients, Processes
 
 SCRIPT = "train_nth_farthest"
 KIND = "nth_farthest"
@@ -56,7 +55,7 @@ HOLD = 3  # evaluations in a row that must reach --target-accuracy
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the script."""
     parser = argparse.ArgumentParser(
-        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=runs.HelpFormatter, allow_abbrev=False
+        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=flags.HelpFormatter, allow_abbrev=False
     )
     task = parser.add_argument_group("task")
     task.add_argument(
@@ -67,11 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="vectors in a sequence, and labels",
     )
     task.add_argument(
-        "--num-dims", type=runs.positive_int, default=16, metavar="D", help="dimensions of a vector"
+        "--num-dims", type=flags.positive_int, default=16, metavar="D", help="dimensions of a vector"
     )
     task.add_argument(
         "--test-examples",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=3200,
         metavar="N",
         help="fixed examples on which the test accuracy is measured",
@@ -90,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     easier.add_argument(
         "--curriculum-dims",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=None,
         nargs="+",
         metavar="N",
@@ -98,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     easier.add_argument(
         "--curriculum-accuracy",
-        type=runs.probability,
+        type=flags.probability,
         default=0.9,
         metavar="P",
         help="training accuracy over a log interval that ends a stage",
@@ -111,32 +110,32 @@ def build_parser() -> argparse.ArgumentParser:
     add_core_flags(model, memslots=8, headsize=32, numheads=8, attmlplayers=2, keysize=0)
     model.add_argument(
         "--total-units",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=None,
         metavar="N",
         help="memslots x numheads x headsize; sets the head size, in place of --headsize",
     )
     model.add_argument(
-        "--nhid", type=runs.positive_int, default=512, metavar="N", help="hidden units of the LSTM"
+        "--nhid", type=flags.positive_int, default=512, metavar="N", help="hidden units of the LSTM"
     )
     model.add_argument(
         "--outputlayers",
-        type=runs.layer_count,
+        type=flags.layer_count,
         default=4,
         metavar="N",
         help="ReLU layers between the core and the logits",
     )
-    model.add_argument("--outputunits", type=runs.positive_int, default=256, metavar="N", help="their width")
+    model.add_argument("--outputunits", type=flags.positive_int, default=256, metavar="N", help="their width")
     model.add_argument(
         "--input-scale",
-        type=runs.positive_float,
+        type=flags.positive_float,
         default=1.0,
         metavar="X",
         help="factor on the vectors' coordinates; 1 = the paper's protocol",
     )
     model.add_argument(
         "--memory-scale",
-        type=runs.positive_float,
+        type=flags.positive_float,
         default=1.0,
         metavar="X",
         help="factor on the identity that the memory starts as; 1 = the paper's protocol",
@@ -145,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--steps",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=500_000,
         metavar="N",
         help="training steps; with --resume it may be changed",
@@ -153,15 +152,15 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--batch-size",
         "--batch_size",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=1600,
         metavar="N",
         help="examples per step, drawn afresh each time",
     )
-    training.add_argument("--lr", type=runs.positive_float, default=1e-4, help="Adam's learning rate")
+    training.add_argument("--lr", type=flags.positive_float, default=1e-4, help="Adam's learning rate")
     training.add_argument(
         "--warmup",
-        type=runs.non_negative_int,
+        type=flags.non_negative_int,
         default=0,
         metavar="STEPS",
         help="steps in which the learning rate grows linearly from 0 to --lr",
@@ -174,21 +173,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--clip",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         default=0.1,
         metavar="NORM",
         help="largest L2 norm of the gradient; 0 = no clipping",
     )
     training.add_argument(
         "--target-accuracy",
-        type=runs.probability,
+        type=flags.probability,
         default=1.0,
         metavar="P",
         help=f"stop early when the test accuracy has reached this {HOLD} times in a row",
     )
     training.add_argument(
         "--stop-after",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         default=0.0,
         metavar="MINUTES",
         help="stop this session (not the run: --resume goes on) after this time; 0 = off",
@@ -201,7 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
         "in that run's precision",
     )
     distributed.add_flags(parser)
-    runs.add_precision_flags(runs.add_run_flags(parser))
+    flags.add_precision_flags(flags.add_run_flags(parser))
     return parser
 
 
@@ -218,7 +217,7 @@ RESUME_MAY_CHANGE = (
 
 
 def _sequence_length(text: str) -> int:
-    value = runs.positive_int(text)
+    value = flags.positive_int(text)
     if value < 2:
         raise argparse.ArgumentTypeError(
             f"must be 2 or more, as there is nothing to compare otherwise, got {value}"
@@ -264,7 +263,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     It depends on nothing but the step, so a resumed run has nothing to restore. A schedule that waits for the
     loss to improve would be wrong here: on the plateau the loss stands still although all is well.
     """
-    return runs.scheduled_lr(args.lr, step, args.steps, args.warmup, args.schedule == "cosine")
+    return schedule.scheduled_lr(args.lr, step, args.steps, args.warmup, args.schedule == "cosine")
 
 
 def curriculum(args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -332,7 +331,7 @@ class Trainer:
         mine = processes.share(args.batch_size)
         rows = (mine.stop - mine.start) // args.accumulate
         self.pieces = [slice(start, start + rows) for start in range(mine.start, mine.stop, rows)]
-        self.replicas = runs.wrap_data_parallel(model, device, rows) if processes.alone else model
+        self.replicas = devices.wrap_data_parallel(model, device, rows) if processes.alone else model
         whole = processes.alone and args.accumulate == 1
         self.gradients = None if whole else FlatGradients(model.parameters())
         self.generator = torch.Generator(device).manual_seed(args.seed)
@@ -363,11 +362,11 @@ class Trainer:
             self.step = self.train_step
         self.test_set = fixed_test_set(args, TEST_SEED, args.test_examples, device)
         self.at = Position()
-        self.interrupts = runs.Interrupts()
+        self.interrupts = console.Interrupts()
 
     def without_graph(self, reason: str) -> None:
         """Tells that steps could not be captured: the run is then slower than its arguments say."""
-        runs.warn(reason)
+        console.warn(reason)
         self.log.write("not_captured", step=self.at.step, reason=reason)
 
     def train_step(self) -> None:
@@ -418,13 +417,13 @@ class Trainer:
         self.folder = folder
         self.log = runs.RunLog(folder / "log.jsonl" if self.processes.is_main else os.devnull)
         if self.device.type == "cpu":
-            runs.keep_freed_memory()
-        saving, ending = runs.Alarm(self.args.save_every), runs.Alarm(self.args.stop_after)
+            devices.keep_freed_memory()
+        saving, ending = console.Alarm(self.args.save_every), console.Alarm(self.args.stop_after)
         self.start_interval()
         self.clock = self.interval_clock
         self.model.train()
-        first_step = runs.FirstStep(self.device)
-        with self.interrupts, runs.Progress(self.args.steps, self.args.model, self.at.step) as progress:
+        first_step = console.FirstStep(self.device)
+        with self.interrupts, console.Progress(self.args.steps, self.args.model, self.at.step) as progress:
             while not self.finished():
                 self.lr.fill_(learning_rate(self.at.step + 1, self.args))
                 self.step()
@@ -450,7 +449,7 @@ class Trainer:
         """Whether all steps are done, or the target accuracy has been held."""
         return self.at.step >= self.args.steps or self.at.times_on_target >= HOLD
 
-    def report(self, progress: runs.Progress) -> None:
+    def report(self, progress: console.Progress) -> None:
         """Reads the sums, measures the test accuracy; a "train" event and a line; best.pt where it is due."""
         args, at = self.args, self.at
         loss, accuracy, grad_norm = (self.finite_sums() / at.interval_steps).tolist()
@@ -538,7 +537,7 @@ class Trainer:
             "args": vars(self.args),
             "scores": {"step": self.at.step, "test_accuracy": accuracy},
         }
-        saved = self.processes.from_main(lambda: runs.try_save_checkpoint(self.folder / "best.pt", contents))
+        saved = self.processes.from_main(lambda: checkpoints.try_save_checkpoint(self.folder / "best.pt", contents))
         if saved:
             self.at.best_accuracy, self.at.best_step = accuracy, self.at.step
 
@@ -550,7 +549,7 @@ class Trainer:
         """
         path = folder / "best.pt"
         self.at.best_accuracy, self.at.best_step = Position.best_accuracy, Position.best_step
-        best = self.processes.from_main(lambda: runs.load_checkpoint(path) if path.exists() else None)
+        best = self.processes.from_main(lambda: checkpoints.load_checkpoint(path) if path.exists() else None)
         if best is None:
             return
         try:
@@ -567,7 +566,7 @@ class Trainer:
         self.update_clock()
         if not self.processes.is_main:
             return
-        runs.try_save_checkpoint(
+        checkpoints.try_save_checkpoint(
             self.folder / "last.pt",
             {
                 **describe_model(self.model),
@@ -576,7 +575,7 @@ class Trainer:
                 "sums": sums,
                 "generator": self.generator.get_state(),
                 "device": self.device.type,
-                "random": runs.random_states(),
+                "random": devices.random_states(),
                 "args": vars(self.args),
             },
         )
@@ -599,25 +598,25 @@ class Trainer:
                 self.generator.set_state(checkpoint["generator"].cpu())
             else:  # CPU and GPU generators cannot take each other's state; fresh examples serve as well
                 self.generator.manual_seed(self.args.seed + self.at.step)
-                runs.warn(
+                console.warn(
                     f"the run was on another device ({checkpoint['device']}): "
                     "its examples go on with other numbers"
                 )
-            runs.restore_random_states(checkpoint["random"])
+            devices.restore_random_states(checkpoint["random"])
             before = argparse.Namespace(**{**vars(self.args), **checkpoint["args"]})
             if before.target_accuracy != self.args.target_accuracy:
                 self.at.times_on_target = 0  # they were on another target
             old, new = (learning_rate(self.at.step + 1, args) for args in (before, self.args))
             self.lr.fill_(float(self.optimizer.param_groups[0]["lr"]))  # a run that is done saves it again
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if runs.is_out_of_memory(error):
+            if console.is_out_of_memory(error):
                 raise
             raise UserError(
-                f"last.pt does not fit this run ({runs.first_line(error)}). Was it altered? "
+                f"last.pt does not fit this run ({console.first_line(error)}). Was it altered? "
                 "Start a new run."
             ) from None
         if old != new:
-            runs.warn(
+            console.warn(
                 f"--steps is now {self.args.steps:,}, not {before.steps:,}, and with it the cosine: at step "
                 f"{self.at.step + 1:,} the learning rate jumps from {old:.3g} to {new:.3g}"
             )
@@ -646,12 +645,12 @@ def load_model(checkpoint: dict[str, Any], device: torch.device | str = "cpu") -
     """
     if checkpoint.get("kind") != KIND:
         raise UserError(
-            f"the checkpoint holds a model of kind {runs.in_one_line(checkpoint.get('kind'))}, not one "
+            f"the checkpoint holds a model of kind {console.in_one_line(checkpoint.get('kind'))}, not one "
             f"made by {SCRIPT}.py. Use a best.pt or last.pt of such a run."
         )
     try:
         config, weights = checkpoint["config"], checkpoint["model"]
-        runs.check_layer_counts(config, weights)
+        checkpoints.check_layer_counts(config, weights)
         # Built without memory first: a config that asks for more than the file holds gets none.
         with torch.device("meta"):
             expected = {name: value.shape for name, value in NthFarthestModel(**config).state_dict().items()}
@@ -662,10 +661,10 @@ def load_model(checkpoint: dict[str, Any], device: torch.device | str = "cpu") -
         model = NthFarthestModel(**config)
         model.load_state_dict(weights)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if runs.is_out_of_memory(error):
+        if console.is_out_of_memory(error):
             raise
         raise UserError(
-            f"the checkpoint does not fit together ({runs.first_line(error)}). Was it altered? "
+            f"the checkpoint does not fit together ({console.first_line(error)}). Was it altered? "
             "Use another one."
         ) from None
     return model.to(device).eval()
@@ -682,7 +681,7 @@ def final_report(folder: Path, args: argparse.Namespace, device: torch.device) -
     Args:
         folder: the run's.
         args: the run's.
-        device: where to compute, as `runs.choose_device` has set it up for the run's precision.
+        device: where to compute, as `devices.choose_device` has set it up for the run's precision.
 
     Returns:
         what was printed, None if there is no best.pt: best_step, accuracy, accuracy_by_n, examples.
@@ -691,7 +690,7 @@ def final_report(folder: Path, args: argparse.Namespace, device: torch.device) -
     if not path.is_file():
         say(f"no best.pt in {folder}, so there is nothing to measure yet")
         return None
-    checkpoint = runs.load_checkpoint(path, device)
+    checkpoint = checkpoints.load_checkpoint(path, device)
     model = load_model(checkpoint, device)
     inputs, targets = fixed_test_set(args, FINAL_TEST_SEED, FINAL_TEST_FACTOR * args.test_examples, device)
     correct = is_correct(model, inputs, targets, args.batch_size)
@@ -709,7 +708,7 @@ def final_report(folder: Path, args: argparse.Namespace, device: torch.device) -
 def draw_attention(model: NthFarthestModel, inputs: torch.Tensor, path: Path) -> None:
     """Writes a picture of the attention in one example, or says what is missing for it."""
     try:
-        import plot_runs
+        from tools import plot_runs
 
         plot_runs.draw_attention(model.attention(inputs)[0].cpu().numpy(), path)
     except UserError as error:
@@ -725,23 +724,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains (or, with --evaluate, only measures) as the command line says; returns the exit status."""
     parser = build_parser()
     argv = distributed.arguments_to_go_on(parser, argv)
-    args = runs.parse_arguments(parser, argv, SCRIPT, may_change=RESUME_MAY_CHANGE)
+    args = flags.parse_arguments(parser, argv, SCRIPT, may_change=RESUME_MAY_CHANGE)
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
-        runs.warn_of_ignored(parser, runs.given_arguments(parser, argv), frozenset(("cuda", "threads")))
+        flags.warn_of_ignored(parser, flags.given_arguments(parser, argv), frozenset(("cuda", "threads")))
         return evaluate_run(parser, args)
     device, processes = distributed.start(args)
-    runs.seed_everything(args.seed)
-    build = functools.partial(build_model, args, "headsize" in runs.given_arguments(parser, argv))
-    runs.check_model_fits(build, device)
+    devices.seed_everything(args.seed)
+    build = functools.partial(build_model, args, "headsize" in flags.given_arguments(parser, argv))
+    devices.check_model_fits(build, device)
     model = build().to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     K = args.num_vectors
     print(f"task: {K} vectors of {args.num_dims} dimensions; chance {1 / K:.1%}, plateau {2 / K:.1%}")
     print(f"model: {args.model}, {parameters:,} parameters")
     trainer = Trainer(model, args, device, processes)
-    runs.warn_of_long_warmup(args.warmup, args.steps)
+    schedule.warn_of_long_warmup(args.warmup, args.steps)
 
     with processes.run_folder(args, SCRIPT) as folder:
         if args.resume is not None:
@@ -774,7 +773,7 @@ def go_on(trainer: Trainer, folder: Path, argv: Sequence[str] | None) -> None:
     """Takes up a run where its last.pt stands, and notes it."""
     args, processes = trainer.args, trainer.processes
     where = trainer.device if processes.alone else "cpu"
-    checkpoint = processes.from_main(lambda: runs.load_last(folder, where))
+    checkpoint = processes.from_main(lambda: checkpoints.load_last(folder, where))
     if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
         trainer.restore(checkpoint)
     trainer.restore_best(folder)
@@ -796,9 +795,9 @@ def evaluate_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
     if not distributed.from_environment().is_main:  # nothing to share: seconds of work
         return 0
     folder = Path(args.evaluate)
-    of_run = runs.parse_arguments(parser, ["--resume", str(folder)], SCRIPT)
+    of_run = flags.parse_arguments(parser, ["--resume", str(folder)], SCRIPT)
     of_run.cuda, of_run.threads = args.cuda, args.threads
-    final_report(folder, of_run, runs.choose_device(of_run.cuda, of_run.threads, of_run.strict_float32))
+    final_report(folder, of_run, devices.choose_device(of_run.cuda, of_run.threads, of_run.strict_float32))
     return 0
 
 

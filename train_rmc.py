@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import distributed
-import lm_flags
-import lm_training
-import runs
-from core_flags import add_core_flags, core_arguments
 from relational_rnn_models import RelationalMemoryLM
+from training import distributed, flags, lm_flags, lm_training
+from training.core_flags import add_core_flags, core_arguments
 
 SCRIPT = "train_rmc"
 
@@ -59,11 +56,11 @@ RECIPES = {
 def build_parser() -> argparse.ArgumentParser:
     """The script's command line."""
     parser = argparse.ArgumentParser(
-        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=runs.HelpFormatter, allow_abbrev=False
+        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=flags.HelpFormatter, allow_abbrev=False
     )
     core = parser.add_argument_group("relational memory core")
     core.add_argument(
-        "--emsize", type=runs.positive_int, default=192, metavar="UNITS", help="size of a word's embedding"
+        "--emsize", type=flags.positive_int, default=192, metavar="UNITS", help="size of a word's embedding"
     )
     add_core_flags(core, memslots=1, headsize=192, numheads=4, attmlplayers=3, keysize=64)
     lm_flags.add_dropout_flags(

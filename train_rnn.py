@@ -11,11 +11,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import distributed
-import lm_flags
-import lm_training
-import runs
 from rnn_models import RNNLM
+from training import distributed, flags, lm_flags, lm_training
 
 SCRIPT = "train_rnn"
 
@@ -63,19 +60,19 @@ RECIPES = {
 def build_parser() -> argparse.ArgumentParser:
     """The script's command line."""
     parser = argparse.ArgumentParser(
-        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=runs.HelpFormatter, allow_abbrev=False
+        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=flags.HelpFormatter, allow_abbrev=False
     )
     network = parser.add_argument_group("recurrent network")
     network.add_argument(
         "--model", choices=("LSTM", "GRU", "RNN_TANH", "RNN_RELU"), default="LSTM", help="kind of cell"
     )
     network.add_argument(
-        "--emsize", type=runs.positive_int, default=300, metavar="UNITS", help="size of a word's embedding"
+        "--emsize", type=flags.positive_int, default=300, metavar="UNITS", help="size of a word's embedding"
     )
     network.add_argument(
-        "--nhid", type=runs.positive_int, default=300, metavar="UNITS", help="hidden units per layer"
+        "--nhid", type=flags.positive_int, default=300, metavar="UNITS", help="hidden units per layer"
     )
-    network.add_argument("--nlayers", type=runs.layer_count, default=1, metavar="N", help="recurrent layers")
+    network.add_argument("--nlayers", type=flags.layer_count, default=1, metavar="N", help="recurrent layers")
     network.add_argument(
         "--tied",
         action="store_true",

@@ -32,17 +32,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import plot_runs  # noqa: E402
 import test_download  # noqa: E402
 import torch  # noqa: E402
 from conftest import write_corpus  # noqa: E402
 from test_scripts import flatten  # noqa: E402
 
 import data_utils  # noqa: E402
-import plot_runs  # noqa: E402
-import runs  # noqa: E402
 import train_nth_farthest  # noqa: E402
 import train_rmc  # noqa: E402
 import train_rnn  # noqa: E402
+from training import checkpoints, console, files, flags, runs  # noqa: E402
 
 EVERY_STEP = ["--save-every", "0.0000001", "--log-interval", "5"]
 LM = ["--batch_size", "14", "--bptt", "15", "--lr", "0.01", "--epochs", "2", "--eval-batch-size", "3"]
@@ -157,15 +157,15 @@ def instrument(writer: int) -> None:
     def of_file(path, *_):
         return {".pt": b"w", ".pkl": b"c"}.get(Path(path).suffix, b"j")
 
-    enter = runs.Interrupts.__enter__
+    enter = console.Interrupts.__enter__
 
     def entered(self):
         Child.phase_byte[0:1] = b"t"
         mark(b"t")
         return enter(self)
 
-    runs.Interrupts.__enter__ = entered
-    runs.atomic_write = data_utils.atomic_write = within(b"w", runs.atomic_write, of_file)
+    console.Interrupts.__enter__ = entered
+    files.atomic_write = data_utils.atomic_write = within(b"w", files.atomic_write, of_file)
     data_utils.tokenise = within(b"k", data_utils.tokenise)
     data_utils.fetch = within(b"d", data_utils.fetch)
 
@@ -184,7 +184,7 @@ def is_whole(folder: Path) -> bool:
     json.loads((folder / "args.json").read_text(encoding="utf-8"))
     for name in ("last.pt", "best.pt"):
         if (folder / name).exists():
-            assert runs.load_checkpoint(folder / name)["model"]
+            assert checkpoints.load_checkpoint(folder / name)["model"]
     if (folder / "log.jsonl").exists():
         for line in (folder / "log.jsonl").read_bytes().split(b"\n")[:-1]:  # the last may be half
             # A half line of an earlier kill is ended when the run goes on: it spoils only itself.
@@ -207,7 +207,7 @@ def numbers(folder: Path) -> list[dict]:
 def assert_same_run(one: Path, other: Path) -> None:
     """Two finished runs are equal in every bit that does not tell a time or a place."""
     for name in ("last.pt", "best.pt"):
-        a, b = (dict(flatten(runs.load_checkpoint(folder / name))) for folder in (one, other))
+        a, b = (dict(flatten(checkpoints.load_checkpoint(folder / name))) for folder in (one, other))
         assert a.keys() == b.keys()
         for key in a:
             if "seconds" in key or ".args." in key:
@@ -238,7 +238,7 @@ class Storm:
         self.corpus = write_corpus(scratch / "corpus")
         data_utils.load_corpus(str(self.corpus))
         # A picture takes a second and is drawn when all is done.
-        plot_runs.import_pyplot = lambda: (_ for _ in ()).throw(runs.UserError("no pictures here"))
+        plot_runs.import_pyplot = lambda: (_ for _ in ()).throw(console.UserError("no pictures here"))
         # Once in this process, so that no child has to import what torch imports at its first step.
         with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
             self.command("LSTM, cosine", scratch / "warm-up", resume=False)()
@@ -299,10 +299,10 @@ class Storm:
 
     def time_of_a_write(self, folder: Path) -> float:
         """Seconds to save a checkpoint of this run."""
-        contents = runs.load_checkpoint(folder / "last.pt")
+        contents = checkpoints.load_checkpoint(folder / "last.pt")
         started = time.monotonic()
         for _ in range(3):
-            runs.save_checkpoint(self.scratch / "try.pt", contents)
+            checkpoints.save_checkpoint(self.scratch / "try.pt", contents)
         return (time.monotonic() - started) / 3
 
     def cache(self, kills: int) -> None:
@@ -415,8 +415,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=runs.positive_int, default=240, help="in all")
-    parser.add_argument("--seed", type=runs.seed_int, default=1)
+    parser.add_argument("--kills", type=flags.positive_int, default=240, help="in all")
+    parser.add_argument("--seed", type=flags.seed_int, default=1)
     parser.add_argument("--outf", type=Path, default=None, metavar="PATH_WITHOUT_SUFFIX")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork keeps one thread only

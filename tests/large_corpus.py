@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import runs  # noqa: E402
 from tests.measure_tokenising import write_texts  # noqa: E402
+from training import checkpoints, flags, runs  # noqa: E402
 
 
 def peak_mb(pid: int) -> float:
@@ -73,7 +73,7 @@ def train(folder: Path, steps: int, flags: list[str], tell: Callable[[str], None
         parameters = json.loads((run / "args.json").read_text(encoding="utf-8"))["parameters"]
         size = (run / "last.pt").stat().st_size / 1e6
         reading = time.monotonic()
-        at = runs.load_checkpoint(run / "last.pt")["position"]["step"]
+        at = checkpoints.load_checkpoint(run / "last.pt")["position"]["step"]
         tell(f"training: {parameters:,} parameters, {first - started:.0f} s from the start to the first step")
         tell(
             f"  {events[-1]['step']:,} steps in {events[-1]['seconds']:.0f} s, "
@@ -93,14 +93,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="where the text is or is to be written")
-    parser.add_argument("--tokens", type=runs.positive_int, default=103_000_000)
-    parser.add_argument("--types", type=runs.positive_int, default=267_735)
-    parser.add_argument("--steps", type=runs.positive_int, default=1000)
+    parser.add_argument("--tokens", type=flags.positive_int, default=103_000_000)
+    parser.add_argument("--types", type=flags.positive_int, default=267_735)
+    parser.add_argument("--steps", type=flags.positive_int, default=1000)
     parser.add_argument("--compare", action="store_true", help="time the obvious loop as well")
     parser.add_argument("--outf", type=Path, required=True, metavar="PATH_WITHOUT_SUFFIX")
     args = parser.parse_args()
-    flags = ["--adaptivesoftmax", "--batch_size", "16", "--bptt", "35", "--threads", "1"]
-    flags += ["--log-interval", "50"]
+    arguments = ["--adaptivesoftmax", "--batch_size", "16", "--bptt", "35", "--threads", "1"]
+    arguments += ["--log-interval", "50"]
     with open(args.outf.with_suffix(".txt"), "w", encoding="utf-8") as file:
 
         def tell(line: str) -> None:
@@ -134,8 +134,8 @@ def main() -> None:
                 f"for the ids; a worker process at most {row['worker']:,.0f} MB"
             )
             assert (row["tokens"], row["types"]) == (args.tokens, args.types), row
-        train(args.folder, args.steps, flags, tell)
-        tell(f"  flags: train_rmc.py {' '.join(flags)} --data FOLDER")
+        train(args.folder, args.steps, arguments, tell)
+        tell(f"  flags: train_rmc.py {' '.join(arguments)} --data FOLDER")
         if args.compare:
             row = tokenise("obvious loop", args.folder)
             rows.append(row)

@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import runs  # noqa: E402
+from training import checkpoints, flags, runs  # noqa: E402
 
 FIELDS = ("minute", "rss_mb", "cpu_seconds", "step", "log_lines", "saves", "open_files", "folder_mb", "load")
 WARM_UP = 5.0  # minutes before which allocator and caches are still filling; not part of the slopes
@@ -138,7 +138,7 @@ def summary(rows: list[dict], folder: Path, command: str) -> str:
             parts.append(f"  minute {begin['minute']:5.1f} to {row['minute']:5.1f}: {ms:.2f}")
             begin = row
     events = runs.read_log(folder / "log.jsonl")
-    saved = runs.load_checkpoint(folder / "last.pt")["position"]["step"]
+    saved = checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"]
     ended = f"after SIGTERM: status 143, last.pt whole, at step {saved:,}; {len(events):,} events in the log"
     machine = runs.describe_environment()
     where = (
@@ -154,16 +154,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=runs.positive_float, default=60.0)
-    parser.add_argument("--every", type=runs.positive_float, default=10.0, metavar="SECONDS")
-    parser.add_argument("--save-every", type=runs.positive_float, default=1.0, metavar="MINUTES")
+    parser.add_argument("--minutes", type=flags.positive_float, default=60.0)
+    parser.add_argument("--every", type=flags.positive_float, default=10.0, metavar="SECONDS")
+    parser.add_argument("--save-every", type=flags.positive_float, default=1.0, metavar="MINUTES")
     parser.add_argument("--outf", type=Path, default=Path("soak"), metavar="PATH_WITHOUT_SUFFIX")
     args = parser.parse_args()
-    flags = ["--recipe", "tiny", "--seed", "1111", "--epochs", "100000"]
-    flags += ["--save-every", f"{args.save_every:g}"]
+    arguments = ["--recipe", "tiny", "--seed", "1111", "--epochs", "100000"]
+    arguments += ["--save-every", f"{args.save_every:g}"]
     with tempfile.TemporaryDirectory() as scratch:
         place = ["--runs-folder", scratch, "--name", "soak"]
-        command = [sys.executable, "train_rmc.py", *flags, *place]
+        command = [sys.executable, "train_rmc.py", *arguments, *place]
         folder = Path(scratch) / "soak"
         rows = watch(command, folder, args.minutes, args.every, args.outf.with_suffix(".csv"))
         text = summary(rows, folder, f"python train_rmc.py {' '.join(flags)}")

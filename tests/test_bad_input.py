@@ -24,14 +24,13 @@ from conftest import write_corpus
 
 import data_utils
 import generate_rmc
-import lm_training
 import nth_farthest
-import runs
 from data_utils import TokenColumns, Vocabulary, load_corpus
-from output_layers import choose_cutoffs
+from layers.softmax import choose_cutoffs
 from relational_rnn_general import RelationalMemory
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
+from training import checkpoints, console, lm_training, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(
@@ -112,14 +111,14 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def stop_after_one_step(monkeypatch):
     """Every loop finds at its first look that SIGTERM has come."""
-    enter = runs.Interrupts.__enter__
+    enter = console.Interrupts.__enter__
 
     def stopped(self):
         enter(self)
         self.requested = "SIGTERM"
         return self
 
-    monkeypatch.setattr(runs.Interrupts, "__enter__", stopped)
+    monkeypatch.setattr(console.Interrupts, "__enter__", stopped)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +222,7 @@ def test_zero_negative_and_huge_are_refused_or_done(
     if said.status in (0, 143):
         assert "error" not in said.err
         for last in folder.glob("*/last.pt"):
-            runs.load_checkpoint(last)
+            checkpoints.load_checkpoint(last)
         assert script == "generate_rmc" or len(list(folder.glob("*/last.pt"))) == 1
     else:
         assert_refused(said)

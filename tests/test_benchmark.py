@@ -7,13 +7,13 @@ import csv
 import math
 from dataclasses import replace
 
+import benchmark
 import pytest
 import torch
+from benchmark import FAST, LSTM, LSTM_LOOP, NAIVE, PLAIN, Floor, ModelRunner, Plan, Task
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
-from benchmark import FAST, LSTM, LSTM_LOOP, NAIVE, PLAIN, Floor, ModelRunner, Plan, Task
-from runs import UserError
+from training.console import UserError
 
 CPU = torch.device("cpu")
 LM = Task(batch=3, steps=4, vocab_size=61, num_heads=2, head_size=6, key_size=5, mlp_layers=2, lstm_size=7)

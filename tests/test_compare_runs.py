@@ -4,10 +4,10 @@ import json
 import statistics
 from pathlib import Path
 
+import compare_runs
 import pytest
 
-import compare_runs
-from runs import UserError
+from training.console import UserError
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 

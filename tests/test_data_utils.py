@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import data_utils
 from data_utils import EOS, IGNORED, UNK, TokenColumns, Vocabulary, load_corpus, smallest_dtype
-from runs import UserError
 from tests.measure_tokenising import obvious_loop, write_texts
+from training.console import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = data_utils.SPLITS

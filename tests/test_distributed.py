@@ -18,16 +18,14 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-import distributed
-import lm_training
-import runs
 import train_nth_farthest
 import train_rmc
 import train_rnn
 from data_utils import Corpus, Vocabulary
-from distributed import ALONE, Processes
 from nth_farthest import make_batch
-from runs import UserError
+from training import checkpoints, devices, distributed, lm_training, runs
+from training.console import UserError
+from training.distributed import ALONE, Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 V = 29
@@ -71,7 +69,7 @@ def language_trainer(folder, processes, kind, *argv):
     script, sizes = SCRIPTS[kind]
     args = script.build_parser().parse_args([*COMMON.split(), "--dropout", "0", *argv])
     vars(args).update(sizes)
-    runs.seed_everything(args.seed)
+    devices.seed_everything(args.seed)
     corpus = Corpus(folder, Vocabulary([f"w{i}" for i in range(V)]), ids(500, 1), ids(101, 2), ids(97, 3))
     model = script.build_model(args, V, lm_training.choose_softmax(args, V))
     model = model if "--bf16" in argv else model.double()
@@ -87,7 +85,7 @@ def double_batch(*arguments):
 
 def nth_trainer(processes, *argv):
     args = train_nth_farthest.build_parser().parse_args([*NTH.split(), *argv])
-    runs.seed_everything(args.seed)
+    devices.seed_everything(args.seed)
     model = train_nth_farthest.build_model(args).double()
     return train_nth_farthest.Trainer(model, args, torch.device("cpu"), processes)
 
@@ -136,13 +134,13 @@ def group_only_cases(folder, processes, others):
         first.train(folder / "parts")
     results["stopped"] = first.at.step, first.interrupts.requested
     again = language_trainer(folder, processes, "rmc", *dropout)
-    again.restore(runs.load_checkpoint(folder / "parts" / "last.pt"))
+    again.restore(checkpoints.load_checkpoint(folder / "parts" / "last.pt"))
     results["dropout draws"] = torch.rand(3)
-    again.restore(runs.load_checkpoint(folder / "parts" / "last.pt"))
+    again.restore(checkpoints.load_checkpoint(folder / "parts" / "last.pt"))
     results["parts"] = trained(folder / "parts", again)
     for name, checkpoint in others.items():  # begun by another number of processes, here without dropout
         other = language_trainer(folder, processes, "rmc")
-        other.restore(runs.load_checkpoint(checkpoint))
+        other.restore(checkpoints.load_checkpoint(checkpoint))
         results[name] = trained(folder / name, other)
     return results
 
@@ -258,10 +256,10 @@ def test_many_processes_equal_one(groups, folder, case, world_size):
         assert_same(results[case], expected)
     one, many = folder / "1" / case, folder / str(world_size) / case
     assert_same_log(numbers(many), numbers(one), 1e-8)
-    a, b = (runs.load_checkpoint(path / "last.pt") for path in (one, many))
+    a, b = (checkpoints.load_checkpoint(path / "last.pt") for path in (one, many))
     torch.testing.assert_close(b["state"], a["state"], rtol=0, atol=1e-7)
     assert b["position"]["best_valid"] == pytest.approx(a["position"]["best_valid"], rel=1e-8)
-    assert runs.load_checkpoint(many / "best.pt")["scores"]["epoch"] == a["position"]["best_epoch"]
+    assert checkpoints.load_checkpoint(many / "best.pt")["scores"]["epoch"] == a["position"]["best_epoch"]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -333,13 +331,13 @@ def test_a_run_goes_on_with_another_number_of_processes(groups, half, folder, tm
     for results in groups[world_size]:
         assert_same(results["half"], expected)
     back = language_trainer(tmp_path, ALONE, "rmc", "--dropout", "0.3")
-    back.restore(runs.load_checkpoint(folder / str(world_size) / "parts" / "last.pt"))
+    back.restore(checkpoints.load_checkpoint(folder / str(world_size) / "parts" / "last.pt"))
     assert f"the run was in {world_size} processes, now it is in 1" in capsys.readouterr().err
     assert len(back.state) == 12
 
 
 def test_checkpoints_from_before_there_were_processes_go_on(half, groups, tmp_path):
-    old = runs.load_checkpoint(half)
+    old = checkpoints.load_checkpoint(half)
     del old["random_of_others"]
     trainer = language_trainer(tmp_path, ALONE, "rmc")
     trainer.restore(old)
@@ -430,7 +428,7 @@ def test_sigterm_to_one_process_saves_and_stops_both(corpus_folder, tmp_path):
     assert statuses == [128 + signal.SIGTERM] * 2
     assert "stopped by SIGTERM" in outputs[0] and "--resume runs/run" in outputs[0] and outputs[1] == ""
     assert "Traceback" not in "".join(errors)
-    checkpoint = runs.load_checkpoint(tmp_path / "runs" / "run" / "last.pt")
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "runs" / "run" / "last.pt")
     assert f"step {checkpoint['position']['step']:,}" in outputs[0] and len(checkpoint["state"]) == 14
     record = json.loads((tmp_path / "runs" / "run" / "args.json").read_text())
     assert (record["processes"], record["launcher"]) == (2, "torchrun --nproc-per-node=2")
@@ -471,7 +469,7 @@ def test_torchrun_restarts_after_a_kill_and_goes_on_from_the_last_checkpoint(cor
     whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
     assert output.count("resumed at step") == 1
     assert [noted["processes"] for noted in json.loads((killed / "args.json").read_text())["resumed"]] == [2]
-    a, b = (runs.load_checkpoint(path / "last.pt") for path in (whole, killed))
+    a, b = (checkpoints.load_checkpoint(path / "last.pt") for path in (whole, killed))
     for name, weight in a["model"].items():
         assert torch.equal(weight, b["model"][name]), name
     scores = [[e for e in numbers(path) if e["event"] in ("valid", "test")] for path in (whole, killed)]
@@ -534,7 +532,7 @@ def test_more_processes_than_gpus_are_refused_with_the_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"started 4 processes on this host, but torch finds 2 GPUs.*node=2"):
-        runs.choose_device(True, own_gpu=3)
+        devices.choose_device(True, own_gpu=3)
 
 
 def test_restarts_need_a_name(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 import data_utils
 from data_utils import Published, load_corpus
-from runs import UserError
+from training.console import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {"train": b"a b a\n" * 30, "valid": b"b c\n", "test": "a é\n".encode()}
@@ -325,7 +325,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import data_utils, runs
 data_utils.DATA_FOLDER = Path({str(tmp_path / "data")!r})
 data_utils.PUBLISHED = {{"corpus": data_utils.Published(("{server.url}/raw/",), {digests()!r}, 10_000)}}
-runs.run_script(lambda: data_utils.load_corpus("corpus") and None)
+console.run_script(lambda: data_utils.load_corpus("corpus") and None)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     assert asked.wait(60)

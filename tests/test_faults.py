@@ -22,12 +22,11 @@ from conftest import write_corpus
 from test_scripts import LOOP, SIZES, STEPS, assert_same_checkpoint, numbers
 
 import data_utils
-import lm_training
-import runs
 import train_nth_farthest
 import train_rmc
 import train_rnn
-from runs import UserError
+from training import checkpoints, console, lm_training, runs
+from training.console import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [*SIZES[train_rnn], *LOOP, "--epochs", "2"]
@@ -41,7 +40,7 @@ def train(corpus, root, *argv):
 
 def before_step(monkeypatch, step, act):
     """Calls `act` once, when a trainer has done `step` steps; the loop looks at its alarm after each."""
-    due, done = runs.Alarm.due, []
+    due, done = console.Alarm.due, []
 
     def looked(self):
         done.append(1)
@@ -49,7 +48,7 @@ def before_step(monkeypatch, step, act):
             act()
         return due(self)
 
-    monkeypatch.setattr(runs.Alarm, "due", looked)
+    monkeypatch.setattr(console.Alarm, "due", looked)
 
 
 @contextlib.contextmanager
@@ -152,7 +151,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(corpus_folder, tmp_path, 
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     assert sorted(os.listdir(parts)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
     # The best model of the first epoch could not be written, so that of the second is the first.
-    a, b = (runs.load_checkpoint(folder / "last.pt") for folder in (whole, parts))
+    a, b = (checkpoints.load_checkpoint(folder / "last.pt") for folder in (whole, parts))
     for name, value in a["model"].items():
         assert torch.equal(value, b["model"][name])
     assert_same_checkpoint(whole / "best.pt", parts / "best.pt")
@@ -190,7 +189,7 @@ def test_a_run_folder_that_vanishes_and_comes_back(corpus_folder, tmp_path, monk
     assert train(corpus_folder, tmp_path / "whole") == 0
     run, away = tmp_path / "parts" / "run", tmp_path / "away"
     before_step(monkeypatch, 3, lambda: run.rename(away))
-    returned = runs.try_save_checkpoint
+    returned = checkpoints.try_save_checkpoint
 
     def comes_back_after_a_failure(path, contents):
         saved = returned(path, contents)
@@ -198,7 +197,7 @@ def test_a_run_folder_that_vanishes_and_comes_back(corpus_folder, tmp_path, monk
             away.rename(run)
         return saved
 
-    monkeypatch.setattr(runs, "try_save_checkpoint", comes_back_after_a_failure)
+    monkeypatch.setattr(checkpoints, "try_save_checkpoint", comes_back_after_a_failure)
     assert train(corpus_folder, tmp_path / "parts", "--save-every", "0.0000001") == 0
     err = capsys.readouterr().err
     assert err.count("could not write") >= 1 and "training goes on" in err
@@ -284,7 +283,7 @@ NTH += ["--batch-size", "8", "--test-examples", "10", "--steps", "6", "--log-int
 def test_sigterm_ends_nth_farthest_with_a_checkpoint(tmp_path, monkeypatch):
     before_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert train_nth_farthest.main([*NTH, "--runs-folder", str(tmp_path), "--name", "run"]) == 143
-    assert 0 < runs.load_checkpoint(tmp_path / "run" / "last.pt")["position"]["step"] < 6
+    assert 0 < checkpoints.load_checkpoint(tmp_path / "run" / "last.pt")["position"]["step"] < 6
 
 
 @pytest.mark.parametrize("steps_of_last", [6])
@@ -293,7 +292,7 @@ def test_a_run_killed_after_its_last_save_is_resumed_to_the_same_file(tmp_path, 
     assert train_nth_farthest.main([*NTH, "--runs-folder", str(tmp_path), "--name", "run"]) == 0
     shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "before.pt")
     assert train_nth_farthest.main(["--resume", str(tmp_path / "run")]) == 0
-    assert runs.load_checkpoint(tmp_path / "before.pt")["position"]["step"] == steps_of_last
+    assert checkpoints.load_checkpoint(tmp_path / "before.pt")["position"]["step"] == steps_of_last
     assert_same_checkpoint(tmp_path / "before.pt", tmp_path / "run" / "last.pt")
 
 
@@ -302,7 +301,7 @@ def test_a_laptop_that_slept_saves_once_when_it_wakes_and_then_as_before(monkeyp
     now = [0.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(runs.time, "time", lambda: -1e9)
-    alarm, saved = runs.Alarm(10), []
+    alarm, saved = console.Alarm(10), []
     for minute in [*range(0, 25), *range(505, 530)]:  # slept from minute 25 to 505
         now[0] = 60.0 * minute
         if alarm.due():
@@ -351,7 +350,7 @@ def finished(tmp_path_factory):
 
 
 def test_another_version_of_the_project_is_read_and_another_format_is_not(finished, tmp_path):
-    contents = runs.load_checkpoint(finished / "train_rnn" / "best.pt")
+    contents = checkpoints.load_checkpoint(finished / "train_rnn" / "best.pt")
     for change, read in (
         ({"project": "0.1"}, True),
         ({"format": 2, "project": "7.0"}, False),
@@ -359,10 +358,10 @@ def test_another_version_of_the_project_is_read_and_another_format_is_not(finish
     ):
         torch.save({**contents, **change}, tmp_path / "other.pt")
         if read:
-            lm_training.load_model(runs.load_checkpoint(tmp_path / "other.pt"))
+            lm_training.load_model(checkpoints.load_checkpoint(tmp_path / "other.pt"))
         else:
             with pytest.raises(UserError, match="has checkpoint format .*, of project version .*Use the v"):
-                runs.load_checkpoint(tmp_path / "other.pt")
+                checkpoints.load_checkpoint(tmp_path / "other.pt")
     contents["config"] = {**contents["config"], "a_later_option": 1}
     with pytest.raises(UserError, match="does not fit together .*a_later_option"):
         lm_training.load_model(contents)
@@ -393,19 +392,19 @@ def test_a_file_marked_as_a_folder_in_the_archive_is_refused(finished, tmp_path)
     path.write_bytes(data)
     torch.load(path, weights_only=True)  # quite content
     with pytest.raises(UserError, match="folders among the entries"):
-        runs.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_a_flipped_bit_in_any_region_is_refused_or_changes_nothing(finished, tmp_path, name):
     path, damaged = finished / "train_rnn" / name, tmp_path / name
     whole = path.read_bytes()
-    expected, refused = runs.load_checkpoint(path), 0
+    expected, refused = checkpoints.load_checkpoint(path), 0
     places = sorted(set(regions(path)))
     for place in places[:: max(1, len(places) // 120)]:
         damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
-            found = runs.load_checkpoint(damaged)
+            found = checkpoints.load_checkpoint(damaged)
         except UserError as error:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 600
@@ -419,7 +418,7 @@ def test_a_flipped_bit_in_any_region_is_refused_or_changes_nothing(finished, tmp
 def crafted(body):
     """A file like one of torch.save's, with this pickle in it."""
     with io.BytesIO() as plain:
-        torch.save({"format": runs.CHECKPOINT_FORMAT}, plain)
+        torch.save({"format": checkpoints.CHECKPOINT_FORMAT}, plain)
         with zipfile.ZipFile(plain) as old, io.BytesIO() as made:
             with zipfile.ZipFile(made, "w") as new:
                 for entry in old.namelist():
@@ -428,7 +427,7 @@ def crafted(body):
 
 
 def holding_itself():
-    contents = {"format": runs.CHECKPOINT_FORMAT, "model": []}
+    contents = {"format": checkpoints.CHECKPOINT_FORMAT, "model": []}
     contents["model"].append(contents)
     return contents
 
@@ -438,7 +437,7 @@ def shared_at_every_level():
     value = [0]
     for _ in range(60):
         value = [value, value]
-    return {"format": runs.CHECKPOINT_FORMAT, "model": value}
+    return {"format": checkpoints.CHECKPOINT_FORMAT, "model": value}
 
 
 def nested(depth):
@@ -469,7 +468,7 @@ def test_crafted_checkpoints_end_in_one_line(bomb, tmp_path):
     path.write_bytes(crafted(BOMBS[bomb]()))
     for use in (lm_training.load_model, train_nth_farthest.load_model):
         with pytest.raises(UserError) as caught:
-            use(runs.load_checkpoint(path))
+            use(checkpoints.load_checkpoint(path))
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
@@ -499,11 +498,11 @@ def test_crafted_checkpoints_end_in_one_line(bomb, tmp_path):
     ],
 )
 def test_checkpoints_whose_parts_do_not_fit(change, finished, tmp_path):
-    contents = runs.load_checkpoint(finished / "train_rmc" / "best.pt")
+    contents = checkpoints.load_checkpoint(finished / "train_rmc" / "best.pt")
     change(contents)
-    runs.save_checkpoint(tmp_path / "c.pt", contents)
+    checkpoints.save_checkpoint(tmp_path / "c.pt", contents)
     with pytest.raises(UserError, match="checkpoint") as caught:
-        lm_training.load_model(runs.load_checkpoint(tmp_path / "c.pt"))
+        lm_training.load_model(checkpoints.load_checkpoint(tmp_path / "c.pt"))
     assert "\n" not in str(caught.value)
 
 

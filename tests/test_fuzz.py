@@ -14,6 +14,7 @@ import os
 import pickle
 import zipfile
 
+import plot_runs
 import pytest
 import torch
 from conftest import write_corpus
@@ -22,11 +23,9 @@ from hypothesis import strategies as st
 from test_faults import crafted
 
 import data_utils
-import lm_training
-import plot_runs
-import runs
 from rnn_models import RNNLM
-from runs import UserError
+from training import checkpoints, flags, lm_training, runs
+from training.console import UserError
 
 LONG = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 SCRIPTS = ("train_rmc", "train_rnn", "train_nth_farthest", "generate_rmc", "plot_runs", "benchmark")
@@ -100,7 +99,7 @@ def test_any_args_json_is_read_or_refused(change, whole, tmp_path):
     for record in ({**good, "arguments": {**good["arguments"], **change}}, whole):
         (tmp_path / "args.json").write_text(json.dumps(record))
         with contextlib.suppress(UserError):
-            args = runs.parse_arguments(parser, ["--resume", str(tmp_path)], "train_rmc")
+            args = flags.parse_arguments(parser, ["--resume", str(tmp_path)], "train_rmc")
             assert args.lr > 0 and args.emsize >= 1 and 0 <= args.dropout < 1
         with contextlib.suppress(UserError):
             plot_runs.read_run(tmp_path)
@@ -217,14 +216,14 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "c.pt"
     model = RNNLM(4, embedding_size=3, hidden_size=3)
     vocabulary = data_utils.Vocabulary(["a", "b", "c", "<eos>"])
-    runs.save_checkpoint(path, lm_training.describe_model("rnn", model, vocabulary))
-    return path, path.read_bytes(), runs.load_checkpoint(path)
+    checkpoints.save_checkpoint(path, lm_training.describe_model("rnn", model, vocabulary))
+    return path, path.read_bytes(), checkpoints.load_checkpoint(path)
 
 
 def check_checkpoint(path):
     """Reads it and builds the model; True unless a UserError of one line says no."""
     try:
-        lm_training.load_model(runs.load_checkpoint(path))
+        lm_training.load_model(checkpoints.load_checkpoint(path))
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 900
         return False
@@ -255,7 +254,7 @@ def test_any_damage_to_a_checkpoint_is_refused_or_harmless(data, checkpoint):
             del damaged[place:]
     path.write_bytes(damaged)
     if check_checkpoint(path):
-        found = runs.load_checkpoint(path)
+        found = checkpoints.load_checkpoint(path)
         assert found["words"] == expected["words"]
         for name, value in expected["model"].items():
             assert torch.equal(value, found["model"][name])
@@ -305,5 +304,5 @@ def test_the_archives_made_here_are_read_when_nothing_is_wrong_with_them(checkpo
         name = next(entry for entry in archive.namelist() if entry.endswith("data.pkl"))
         body = archive.read(name)
     assert crafted(body) != whole and zipfile.is_zipfile(io.BytesIO(crafted(body)))
-    path.write_bytes(crafted(pickle.dumps({"format": runs.CHECKPOINT_FORMAT}, protocol=2)))
-    assert runs.load_checkpoint(path) == {"format": runs.CHECKPOINT_FORMAT}
+    path.write_bytes(crafted(pickle.dumps({"format": checkpoints.CHECKPOINT_FORMAT}, protocol=2)))
+    assert checkpoints.load_checkpoint(path) == {"format": checkpoints.CHECKPOINT_FORMAT}

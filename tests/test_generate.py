@@ -7,13 +7,12 @@ import pytest
 import torch
 
 import generate_rmc
-import lm_training
-import runs
 import train_rmc
 import train_rnn
 from data_utils import Vocabulary
 from generate_rmc import choose
-from runs import UserError
+from training import checkpoints, lm_training
+from training.console import UserError
 
 SIZES = {
     train_rmc: ["--emsize", "12", "--headsize", "5", "--numheads", "2", "--keysize", "3", "--memslots", "2"],
@@ -120,7 +119,7 @@ def test_rows_are_drawn_on_their_own_and_the_input_is_left_alone():
 def test_fault_3_words_come_from_the_models_distribution(trained, script, softmax):
     """Step by step with the state carried equals reading the whole text for each word. The old port sampled
     from an embedding vector when the softmax was adaptive."""
-    model, vocabulary = lm_training.load_model(runs.load_checkpoint(trained[script, softmax] / "best.pt"))
+    model, vocabulary = lm_training.load_model(checkpoints.load_checkpoint(trained[script, softmax] / "best.pt"))
     seen = []
 
     def greedy(log_probabilities):
@@ -142,7 +141,7 @@ def test_fault_3_words_come_from_the_models_distribution(trained, script, softma
 def test_text_of_every_kind_of_checkpoint(trained, tmp_path, script, softmax):
     text = written(trained, tmp_path, model=(script, softmax))
     tokens = text.replace("\n", " <eos> ").split()
-    words = runs.load_checkpoint(trained[script, softmax] / "best.pt")["words"]
+    words = checkpoints.load_checkpoint(trained[script, softmax] / "best.pt")["words"]
     assert len(tokens) == 50 + 1 and set(tokens) <= set(words)  # and the newline that ends the file
     assert "Übermut" in written(trained, tmp_path, "--words", "300", model=(script, softmax))
 
@@ -260,7 +259,7 @@ def test_bad_checkpoints_and_files_are_refused(trained, tmp_path):
     for outf in (str(tmp_path), str(tmp_path / "none" / "text.txt")):
         with pytest.raises(UserError, match="--outf"):
             generate_rmc.main(["--checkpoint", str(best), "--outf", outf])
-    runs.save_checkpoint(tmp_path / "nth.pt", {"kind": "nth_farthest"})
+    checkpoints.save_checkpoint(tmp_path / "nth.pt", {"kind": "nth_farthest"})
     with pytest.raises(UserError, match="not a language model"):
         generate_rmc.main(["--checkpoint", str(tmp_path / "nth.pt")])
     assert sorted(os.listdir(tmp_path)) == ["bad.pt", "nth.pt"]
@@ -270,6 +269,6 @@ def test_only_unk_to_write(tmp_path):
     args = train_rnn.build_parser().parse_args(["--nhid", "3", "--emsize", "3"])
     model = train_rnn.build_model(args, 1, None)
     contents = lm_training.describe_model("rnn", model, Vocabulary(["<unk>"]))
-    runs.save_checkpoint(tmp_path / "best.pt", contents)
+    checkpoints.save_checkpoint(tmp_path / "best.pt", contents)
     with pytest.raises(UserError, match="--no-unk leaves nothing"):
         generate_rmc.main(["--checkpoint", str(tmp_path), "--no-unk"])

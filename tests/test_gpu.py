@@ -13,12 +13,12 @@ import pytest
 import torch
 from test_lm_training import ADAPTIVE, ids, make_trainer
 
-import lm_training
-import output_layers
 import relational_rnn_general
-from cuda_graphs import CapturedStep
-from output_layers import AdaptiveSoftmax, FullSoftmax
+from layers import softmax as output_layers
+from layers.softmax import AdaptiveSoftmax, FullSoftmax
 from relational_rnn_general import RelationalMemory
+from training import lm_training
+from training.cuda_graphs import CapturedStep
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from language_model import LanguageModel
+from layers.language_model import LanguageModel
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 

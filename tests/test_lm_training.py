@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-import lm_flags
-import lm_training
-import runs
 import train_rmc
 import train_rnn
 from data_utils import Corpus, TokenColumns, Vocabulary
-from runs import UserError
+from training import checkpoints, console, devices, lm_flags, lm_training, runs
+from training.console import UserError
 
 V = 29
 RMC = ["--emsize", "12", "--headsize", "5", "--numheads", "2", "--keysize", "3", "--memslots", "2"]
@@ -36,7 +34,7 @@ def make_corpus(tmp_path):
 def make_trainer(tmp_path, kind, *argv, device="cpu"):
     script, sizes = SCRIPTS[kind]
     args = script.build_parser().parse_args([*sizes, *COMMON, *argv])
-    runs.seed_everything(args.seed)
+    devices.seed_everything(args.seed)
     corpus = make_corpus(tmp_path)
     model = script.build_model(args, V, lm_flags.choose_softmax(args, V)).to(device)
     trainer = lm_training.Trainer(model, corpus, args, kind, torch.device(device))
@@ -97,7 +95,7 @@ def test_evaluation_does_not_depend_on_the_window(tmp_path, kind):
 
 
 def test_evaluation_stops_when_asked(tmp_path):
-    interrupts = runs.Interrupts()
+    interrupts = console.Interrupts()
     interrupts.requested = "SIGTERM"
     table = Table()
     with pytest.raises(lm_training.Interrupted):
@@ -208,7 +206,7 @@ def test_fault_3_adaptive_softmax_is_in_optimiser_and_checkpoint(tmp_path, kind)
         assert not torch.equal(value, before[name]), name
     loss = trainer.evaluate("valid")
     trainer.save_best(loss)
-    model, vocabulary = lm_training.load_model(runs.load_checkpoint(tmp_path / "best.pt"))
+    model, vocabulary = lm_training.load_model(checkpoints.load_checkpoint(tmp_path / "best.pt"))
     assert lm_training.evaluate(model, trainer.corpus.valid, 3, 11, "cpu") == loss
     assert vocabulary.words == trainer.corpus.vocabulary.words
 
@@ -221,7 +219,7 @@ def test_best_model_and_learning_rate_follow_the_validation_loss(tmp_path, monke
     trainer.train(tmp_path)
     valid = [event for event in runs.read_log(tmp_path / "log.jsonl") if event["event"] == "valid"]
     assert [event["lr"] for event in valid] == [0.004] * 8 + [0.002] * 4
-    assert runs.load_checkpoint(tmp_path / "best.pt")["scores"]["epoch"] == 10
+    assert checkpoints.load_checkpoint(tmp_path / "best.pt")["scores"]["epoch"] == 10
     assert (trainer.at.best_epoch, trainer.at.best_valid) == (10, 3.0)
 
 
@@ -292,7 +290,7 @@ def test_failed_writes_do_not_end_the_run(tmp_path, monkeypatch, capsys):
     trainer = make_trainer(tmp_path, "rnn", "--epochs", "2", "--bptt", "200")
     losses = iter([2.0, 3.0])
     monkeypatch.setattr(trainer, "evaluate", lambda *_: next(losses))
-    save, calls = runs.save_checkpoint, []
+    save, calls = checkpoints.save_checkpoint, []
 
     def full_disk_at_first(path, contents):
         calls.append(path.name)
@@ -300,11 +298,11 @@ def test_failed_writes_do_not_end_the_run(tmp_path, monkeypatch, capsys):
             raise OSError(28, "No space left on device")
         save(path, contents)
 
-    monkeypatch.setattr(runs, "save_checkpoint", full_disk_at_first)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", full_disk_at_first)
     trainer.train(tmp_path)
     assert calls == ["best.pt", "last.pt"] * 2
     assert capsys.readouterr().err.count("No space left on device") == 2
-    assert runs.load_checkpoint(tmp_path / "best.pt")["scores"]["valid_loss"] == trainer.at.best_valid == 3.0
+    assert checkpoints.load_checkpoint(tmp_path / "best.pt")["scores"]["valid_loss"] == trainer.at.best_valid == 3.0
 
 
 # ---- checkpoints
@@ -313,7 +311,7 @@ def test_failed_writes_do_not_end_the_run(tmp_path, monkeypatch, capsys):
 def checkpoint_of(tmp_path, kind="rnn"):
     trainer = make_trainer(tmp_path, kind)
     trainer.save_best(1.0)
-    return runs.load_checkpoint(tmp_path / "best.pt")
+    return checkpoints.load_checkpoint(tmp_path / "best.pt")
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
@@ -417,7 +415,7 @@ def test_cosine_schedule_warms_up_and_ends_near_zero_and_survives_a_resume(tmp_p
     ]
     assert rates == pytest.approx(expected, abs=1e-12)
     again = make_trainer(tmp_path, "rnn", *flags)
-    again.restore(runs.load_checkpoint(tmp_path / "last.pt"))
+    again.restore(checkpoints.load_checkpoint(tmp_path / "last.pt"))
     assert again.lr == trainer.lr
 
 
@@ -453,7 +451,7 @@ def test_learning_rate_stays_one_tensor_where_it_is_one(tmp_path):
     trainer.folder = tmp_path
     assert trainer.save_last()
     again = with_tensor()
-    again.restore(runs.load_checkpoint(tmp_path / "last.pt"))
+    again.restore(checkpoints.load_checkpoint(tmp_path / "last.pt"))
     assert again.lr == 0.002 and again.optimizer.param_groups[0]["lr"] is again.lr_tensors[0]
     assert again.optimizer.param_groups[0]["capturable"]
     assert again.optimizer.param_groups[-1]["lr"] is again.lr_tensors[-1]
@@ -523,7 +521,7 @@ def test_another_number_of_pieces_is_told_where_masks_are_drawn_for_each(tmp_pat
     for dropped, told in (["--dropout-words", "0.1"], 1), ([], 0):
         trainer = make_trainer(tmp_path, "rnn", *dropped)
         trainer.save_last()
-        last = runs.load_checkpoint(tmp_path / "last.pt")
+        last = checkpoints.load_checkpoint(tmp_path / "last.pt")
         make_trainer(tmp_path, "rnn", *dropped).restore(last)
         assert "--accumulate" not in capsys.readouterr().err
         make_trainer(tmp_path, "rnn", *dropped, "--accumulate", "7").restore(last)
@@ -548,9 +546,9 @@ def test_forward_time_is_that_of_all_pieces_of_a_step():
 
 
 def test_the_first_step_of_a_session_tells_its_pace_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "LONG_SILENCE", 0.0)
+    monkeypatch.setattr(console, "LONG_SILENCE", 0.0)
     told = []
-    monkeypatch.setattr(runs.FirstStep, "tell", lambda step, *given: told.append((step, *given)))
+    monkeypatch.setattr(console.FirstStep, "tell", lambda step, *given: told.append((step, *given)))
     trainer = make_trainer(tmp_path, "rnn", "--epochs", "2", "--log-interval", "4")
     trainer.train(tmp_path)
     # 7 steps in an epoch, with lines after steps 4 and 8 and at the end of each epoch.
@@ -559,7 +557,7 @@ def test_the_first_step_of_a_session_tells_its_pace_once(tmp_path, monkeypatch, 
     ]
     assert len(told) == 14 and len({id(given[0]) for given in told}) == 1
     monkeypatch.undo()
-    monkeypatch.setattr(runs, "LONG_SILENCE", 0.0)
+    monkeypatch.setattr(console, "LONG_SILENCE", 0.0)
     make_trainer(tmp_path, "rnn", "--epochs", "2").train(tmp_path)
     assert capsys.readouterr().out.count("at this pace the next line") == 1
 

@@ -16,10 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cuda_graphs
-import runs
 import train_nth_farthest as script
-from cuda_graphs import CapturedStep
 from nth_farthest import (
     NthFarthestModel,
     accuracy_by_rank,
@@ -28,6 +25,8 @@ from nth_farthest import (
     make_batch,
     question_of,
 )
+from training import checkpoints, console, cuda_graphs, devices, runs
+from training.cuda_graphs import CapturedStep
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +64,7 @@ def train(folder, *flags, name="run"):
 
 
 def weights(folder, name="last.pt"):
-    return runs.load_checkpoint(folder / name)["model"]
+    return checkpoints.load_checkpoint(folder / name)["model"]
 
 
 @pytest.fixture(autouse=True)
@@ -389,7 +388,7 @@ def test_every_flag_reaches_the_model(flags, setting, value):
     ],
 )
 def test_mistakes_are_told(flags, message, tmp_path):
-    with pytest.raises(runs.UserError, match=message):
+    with pytest.raises(console.UserError, match=message):
         script.main([*flags.split(), "--runs-folder", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 
@@ -490,11 +489,11 @@ def test_a_run_folder_holds_what_the_run_was(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "chance 33.3%, plateau 66.7%" in text and "n = 2" in text and "m itself" in text
 
-    model = script.load_model(runs.load_checkpoint(folder / "best.pt"))
+    model = script.load_model(checkpoints.load_checkpoint(folder / "best.pt"))
     args = script.build_parser().parse_args(TINY)
     inputs, targets = script.fixed_test_set(args, script.FINAL_TEST_SEED, 200, torch.device("cpu"))
     assert final["accuracy"] == pytest.approx((model(inputs).argmax(1) == targets).float().mean().item())
-    scores = runs.load_checkpoint(folder / "best.pt")["scores"]
+    scores = checkpoints.load_checkpoint(folder / "best.pt")["scores"]
     trained = {e["step"]: e["test_accuracy"] for e in events if e["event"] == "train"}
     assert scores["test_accuracy"] == max(trained.values()) == trained[scores["step"]]
 
@@ -548,7 +547,7 @@ def test_resuming_equals_never_stopping(tmp_path, monkeypatch, stopped_at, stage
     status, pieces = train(tmp_path, *flags, name="pieces")
     monkeypatch.undo()
     assert status == 130
-    assert runs.load_checkpoint(pieces / "last.pt")["position"]["step"] == stopped_at
+    assert checkpoints.load_checkpoint(pieces / "last.pt")["position"]["step"] == stopped_at
     torch.manual_seed(999)
     assert script.main(["--resume", str(pieces)]) == 0
 
@@ -685,7 +684,7 @@ def test_a_cosine_of_another_length_is_warned_of(tmp_path, capsys, schedule, ste
 
 def test_best_accuracy_and_best_pt_agree_when_the_disk_is_full(tmp_path, monkeypatch):
     """An accuracy whose model was not written must not keep a later, lower one from being written."""
-    scores, real = iter([0.5, 0.9, 0.7]), runs.save_checkpoint
+    scores, real = iter([0.5, 0.9, 0.7]), checkpoints.save_checkpoint
     monkeypatch.setattr(script.Trainer, "test", lambda self: next(scores))
 
     def full_for_a_while(path, contents):
@@ -693,10 +692,10 @@ def test_best_accuracy_and_best_pt_agree_when_the_disk_is_full(tmp_path, monkeyp
             raise OSError("No space left on device")
         real(path, contents)
 
-    monkeypatch.setattr(runs, "save_checkpoint", full_for_a_while)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", full_for_a_while)
     _, folder = train(tmp_path, "--steps", 15)
-    assert runs.load_checkpoint(folder / "best.pt")["scores"] == {"step": 15, "test_accuracy": 0.7}
-    position = runs.load_checkpoint(folder / "last.pt")["position"]
+    assert checkpoints.load_checkpoint(folder / "best.pt")["scores"] == {"step": 15, "test_accuracy": 0.7}
+    position = checkpoints.load_checkpoint(folder / "last.pt")["position"]
     assert (position["best_accuracy"], position["best_step"]) == (0.7, 15)
 
 
@@ -718,16 +717,16 @@ def test_after_a_kill_best_pt_says_itself_what_is_to_beat(tmp_path, monkeypatch,
     accuracies[10] = 0.6  # as on another device, where the same steps go a little differently
     script.main(["--resume", str(folder), "--steps", "15"])
     best = {"step": 15, "test_accuracy": 0.7} if lost == "best.pt" else {"step": 10, "test_accuracy": 0.9}
-    assert runs.load_checkpoint(folder / "best.pt")["scores"] == best
-    assert runs.load_checkpoint(folder / "last.pt")["position"]["best_step"] == best["step"]
+    assert checkpoints.load_checkpoint(folder / "best.pt")["scores"] == best
+    assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["best_step"] == best["step"]
 
 
 def test_a_best_pt_without_scores_is_refused(tmp_path):
     _, folder = train(tmp_path, "--steps", 5)
-    contents = runs.load_checkpoint(folder / "best.pt")
+    contents = checkpoints.load_checkpoint(folder / "best.pt")
     del contents["scores"]
-    runs.save_checkpoint(folder / "best.pt", contents)
-    with pytest.raises(runs.UserError, match="does not say how good it is"):
+    checkpoints.save_checkpoint(folder / "best.pt", contents)
+    with pytest.raises(console.UserError, match="does not say how good it is"):
         script.main(["--resume", str(folder), "--steps", "10"])
 
 
@@ -741,13 +740,13 @@ def test_fault_2_a_run_saves_itself_and_shows_its_curve_while_it_goes(tmp_path, 
         seen.append((events.count("train"), (self.folder / "best.pt").exists()))
 
     monkeypatch.setattr(script.Trainer, "report", look)
-    monkeypatch.setattr(runs.Alarm, "due", lambda alarm: alarm.seconds == 60)
+    monkeypatch.setattr(console.Alarm, "due", lambda alarm: alarm.seconds == 60)
     monkeypatch.setattr(
         script.Trainer,
         "save_last",
         lambda self, save=script.Trainer.save_last: (
             save(self),
-            seen.append(runs.load_checkpoint(self.folder / "last.pt")["position"]["step"]),
+            seen.append(checkpoints.load_checkpoint(self.folder / "last.pt")["position"]["step"]),
         ),
     )
     train(tmp_path, "--steps", 11, "--save-every", 1)
@@ -773,7 +772,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert "stopped by SIGINT at step" in output and f"--resume {tmp_path / 'run'}" in output
     assert "Traceback" not in errors
-    assert runs.load_checkpoint(tmp_path / "run" / "last.pt")["position"]["step"] >= 10
+    assert checkpoints.load_checkpoint(tmp_path / "run" / "last.pt")["position"]["step"] >= 10
 
 
 def test_target_accuracy_must_be_held(tmp_path, monkeypatch):
@@ -790,7 +789,7 @@ def test_a_session_can_be_short(tmp_path, capsys):
     assert "to go on: python train_nth_farthest.py --resume" in capsys.readouterr().out
     events = runs.read_log(folder / "log.jsonl")
     assert all(event["event"] == "train" for event in events)
-    assert runs.load_checkpoint(folder / "last.pt")["position"]["step"] > 0
+    assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_path, monkeypatch):
@@ -798,7 +797,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_pa
     good = weights(tmp_path / "run")
     real = script.loss_and_correct
     monkeypatch.setattr(script, "loss_and_correct", lambda *x: (real(*x)[0] * math.nan, real(*x)[1]))
-    with pytest.raises(runs.UserError, match="no longer finite.*lower --lr"):
+    with pytest.raises(console.UserError, match="no longer finite.*lower --lr"):
         script.main(["--resume", str(tmp_path / "run"), "--steps", "10"])
     assert all(torch.equal(value, good[name]) for name, value in weights(tmp_path / "run").items())
 
@@ -824,13 +823,13 @@ def test_evaluate_measures_a_finished_run(tmp_path, capsys):
 @pytest.mark.parametrize("strict", [True, False])
 def test_evaluate_takes_its_precision_from_the_run(tmp_path, monkeypatch, strict):
     _, folder = train(tmp_path, "--steps", 5, *(["--strict-float32"] if strict else []))
-    asked, real = [], runs.choose_device
+    asked, real = [], devices.choose_device
 
     def choose(cuda, threads, strict_float32):
         asked.append(strict_float32)
         return real(cuda, threads, strict_float32)
 
-    monkeypatch.setattr(runs, "choose_device", choose)
+    monkeypatch.setattr(devices, "choose_device", choose)
     script.main(["--evaluate", str(folder), *([] if strict else ["--strict-float32"])])
     assert asked == [strict]
 
@@ -860,10 +859,10 @@ def test_bf16_and_lstm_train(tmp_path):
 
 
 def test_a_foreign_checkpoint_is_refused():
-    with pytest.raises(runs.UserError, match="kind 'rmc'"):
+    with pytest.raises(console.UserError, match="kind 'rmc'"):
         script.load_model({"kind": "rmc", "format": 1})
     model = tiny_model()
-    with pytest.raises(runs.UserError, match="does not fit together"):
+    with pytest.raises(console.UserError, match="does not fit together"):
         script.load_model(
             {"kind": "nth_farthest", "config": {**model.config, "mem_slots": 9}, "model": model.state_dict()}
         )

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import output_layers
-from output_layers import AdaptiveSoftmax, FullSoftmax, choose_cutoffs, linear_cross_entropy
+from layers import softmax as output_layers
+from layers.softmax import AdaptiveSoftmax, FullSoftmax, choose_cutoffs, linear_cross_entropy
 
 E, V, ROWS = 5, 23, 7
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import plot_runs
 import pytest
 
-import plot_runs
-import runs
+from training import console, runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -144,7 +144,7 @@ def test_attention_is_drawn(tmp_path):
 
 def test_missing_matplotlib_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(runs.UserError, match="need matplotlib.*pip install -r requirements-extra.txt"):
+    with pytest.raises(console.UserError, match="need matplotlib.*pip install -r requirements-extra.txt"):
         plot_runs.draw_runs([nth_farthest_run(tmp_path, "run")], tmp_path / "curves.png")
 
 
@@ -152,7 +152,7 @@ def test_mistakes_are_told(tmp_path):
     out = tmp_path / "curves.png"
 
     def message(*folders, out=out):
-        with pytest.raises(runs.UserError) as caught:
+        with pytest.raises(console.UserError) as caught:
             plot_runs.draw_runs(folders, out)
         return str(caught.value)
 

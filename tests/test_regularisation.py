@@ -10,15 +10,14 @@ from test_lm_training import make_trainer
 from test_scripts import assert_same_checkpoint, interrupt_at, numbers, run
 from torch import nn
 
-import lm_flags
-import regularisation
 import relational_rnn_models
 import rnn_models
-import runs
 import train_rmc
 import train_rnn
+from layers import regularisation
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
+from training import checkpoints, console, lm_flags, runs
 
 B, T, V, E = 3, 5, 29, 6
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -266,13 +265,13 @@ def test_the_cell_with_a_mask_is_that_of_a_loop_over_its_units():
     "flags", [["--cudnn"], ["--model", "GRU"], ["--recipe", "wikitext2-regularised"]], ids=" ".join
 )
 def test_recurrent_dropout_is_refused_where_it_cannot_be(flags, corpus_folder, tmp_path):
-    with pytest.raises(runs.UserError, match="Give --model LSTM and --no-cudnn"):
+    with pytest.raises(console.UserError, match="Give --model LSTM and --no-cudnn"):
         run(train_rnn, corpus_folder, tmp_path, *flags, "--dropout-candidate", "0.2")
     with pytest.raises(ValueError, match="model='LSTM' and fused=False"):
         build("gru", dropout_candidate=0.2, fused=False)
     with pytest.raises(ValueError, match="dropout_candidate needs gates"):
         build("rmc-no-gates", dropout_candidate=0.2)
-    with pytest.raises(runs.UserError, match="dropout_candidate needs gates"):
+    with pytest.raises(console.UserError, match="dropout_candidate needs gates"):
         run(train_rmc, corpus_folder, tmp_path, "--gatestyle", "none", "--dropout-candidate", "0.2")
 
 
@@ -481,7 +480,7 @@ def test_resuming_with_everything_on_is_as_if_never_stopped(
     interrupt_at(monkeypatch, 17)  # in the second epoch, in warm-up no more
     status, folder = run(script, corpus_folder, tmp_path / "parts", *flags)
     assert status == 130
-    place = runs.load_checkpoint(folder / "last.pt")["position"]["place"]
+    place = checkpoints.load_checkpoint(folder / "last.pt")["position"]["place"]
     assert 0 < place < 170 and place % 15
     interrupt_at(monkeypatch, 30)
     assert script.main(["--resume", str(folder)]) == 130
@@ -489,7 +488,7 @@ def test_resuming_with_everything_on_is_as_if_never_stopped(
     for name in ("last.pt", "best.pt"):
         assert_same_checkpoint(whole / name, folder / name)
     assert numbers(whole) == numbers(folder)
-    average = runs.load_checkpoint(folder / "last.pt")["average"]
+    average = checkpoints.load_checkpoint(folder / "last.pt")["average"]
     assert average["started"] and average["steps"] > 0
     assert "average_loss" in [e for e in runs.read_log(folder / "log.jsonl") if e["event"] == "valid"][-1]
 
@@ -501,7 +500,7 @@ def test_best_pt_holds_the_average_where_that_is_better(tmp_path, monkeypatch):
         trainer, "evaluate", lambda *given: evaluate(*given) - 9 * (trainer.average.model in given)
     )
     trainer.train(tmp_path)
-    best = runs.load_checkpoint(tmp_path / "best.pt")
+    best = checkpoints.load_checkpoint(tmp_path / "best.pt")
     averaged = trainer.average.model.state_dict()
     assert all(torch.equal(value, averaged[name]) for name, value in best["model"].items())
     assert not torch.equal(best["model"]["embedding.weight"], trainer.model.embedding.weight)

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import lm_flags
-import runs
 import train_rmc
 import train_rnn
+from training import console, lm_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"rmc": train_rmc, "lstm": train_rnn}
@@ -138,7 +137,7 @@ def test_a_plan_that_is_stopped_goes_on_where_it_stood(plan, tmp_path, capsys):
 def test_scoring_has_the_device_to_itself_and_is_not_begun_late(plan, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     argv = ["--out", str(out), "--parallel", "9", "--epochs", "1", "--stages", "original"]
-    with pytest.raises(runs.UserError, match="no run could ever be scored"):
+    with pytest.raises(console.UserError, match="no run could ever be scored"):
         plan.main([*argv, "--minutes", "3"])
     assert plan.main([*argv, "--minutes", "3.0001", "--scoring-minutes", "3"]) == 0
     output = capsys.readouterr().out
@@ -213,7 +212,7 @@ def test_one_plan_at_a_time_works_on_a_folder(plan, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     argv = ["--out", str(out), "--stages", "best"]
-    with plan.alone(out), pytest.raises(runs.UserError, match="another run_plan.py works on"):
+    with plan.alone(out), pytest.raises(console.UserError, match="another run_plan.py works on"):
         plan.main(argv)
     assert plan.main(argv) == 0
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-import runs
-from runs import UserError
+from training import checkpoints, console, devices, files, flags, runs, schedule
+from training.console import UserError
 
 
 def sample_contents():
@@ -31,7 +31,7 @@ def sample_contents():
 
 def test_atomic_write_replaces_whole_files_only(tmp_path):
     path = tmp_path / "file"
-    runs.atomic_write(path, lambda file: file.write(b"old"))
+    files.atomic_write(path, lambda file: file.write(b"old"))
 
     def half(file):
         file.write(b"ne")
@@ -40,15 +40,15 @@ def test_atomic_write_replaces_whole_files_only(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        runs.atomic_write(path, half)
+        files.atomic_write(path, half)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]  # no temporary file stays
-    runs.atomic_write(path, lambda file: file.write(b"new"))
+    files.atomic_write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
 
 
 def test_atomic_write_gives_the_usual_file_mode(tmp_path):
-    runs.atomic_write(tmp_path / "atomic", lambda file: file.write(b""))
+    files.atomic_write(tmp_path / "atomic", lambda file: file.write(b""))
     (tmp_path / "plain").write_bytes(b"")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -58,17 +58,17 @@ def test_atomic_write_gives_the_usual_file_mode(tmp_path):
 
 def test_checkpoint_round_trip_is_plain_data(tmp_path):
     path = tmp_path / "c.pt"
-    runs.save_checkpoint(path, {**sample_contents(), "random": runs.random_states()})
-    again = runs.load_checkpoint(path)
+    checkpoints.save_checkpoint(path, {**sample_contents(), "random": devices.random_states()})
+    again = checkpoints.load_checkpoint(path)
     assert torch.equal(again["weights"], sample_contents()["weights"])
     assert (again["step"], again["words"], again["loss"]) == (3, ["a", "ü"], math.inf)
-    assert torch.load(path, weights_only=True)["format"] == runs.CHECKPOINT_FORMAT
+    assert torch.load(path, weights_only=True)["format"] == checkpoints.CHECKPOINT_FORMAT
 
 
 def test_any_changed_or_missing_byte_is_refused_or_harmless(tmp_path):
     """Bit flips over the whole file: the contents as saved, or a UserError, never other contents."""
     path, damaged = tmp_path / "c.pt", tmp_path / "damaged.pt"
-    runs.save_checkpoint(path, sample_contents())
+    checkpoints.save_checkpoint(path, sample_contents())
     whole = path.read_bytes()
     draw, refused = random.Random(3), 0
     for place in draw.sample(range(len(whole)), 150):
@@ -76,7 +76,7 @@ def test_any_changed_or_missing_byte_is_refused_or_harmless(tmp_path):
         flipped[place] ^= 1 << draw.randrange(8)
         damaged.write_bytes(flipped)
         try:
-            contents = runs.load_checkpoint(damaged)
+            contents = checkpoints.load_checkpoint(damaged)
         except UserError as error:
             refused += 1
             assert str(damaged) in str(error) and "\n" not in str(error)
@@ -87,20 +87,20 @@ def test_any_changed_or_missing_byte_is_refused_or_harmless(tmp_path):
     for length in (0, 1, 50, len(whole) // 2, len(whole) - 1):
         damaged.write_bytes(whole[:length])
         with pytest.raises(UserError, match="Use another checkpoint"):
-            runs.load_checkpoint(damaged)
+            checkpoints.load_checkpoint(damaged)
 
 
 def test_flipped_bit_in_a_weight_is_found(tmp_path):
     """torch.load alone would return the wrong number."""
     path = tmp_path / "c.pt"
     weights = torch.full((50,), 1.5)
-    runs.save_checkpoint(path, {"weights": weights})
+    checkpoints.save_checkpoint(path, {"weights": weights})
     data = bytearray(path.read_bytes())
     data[data.index(weights.numpy().tobytes()) + 2] ^= 1
     path.write_bytes(data)
     assert not torch.equal(torch.load(path, weights_only=True)["weights"], weights)
     with pytest.raises(UserError, match="checksum"):
-        runs.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
 
 
 class Trap:
@@ -122,7 +122,7 @@ def test_fault_7_checkpoints_are_no_pickled_objects_and_run_no_code(tmp_path, wr
     else:
         torch.save(contents, path, _use_new_zipfile_serialization=writer == "torch")
     with pytest.raises(UserError, match="not a checkpoint of this project"):
-        runs.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     assert not mark.exists()
 
 
@@ -131,31 +131,31 @@ def test_foreign_files_are_refused(tmp_path):
     for contents in (b"", b"hello", b"\x80\x04.", b"PK\x03\x04" + bytes(100), os.urandom(5000)):
         path.write_bytes(contents)
         with pytest.raises(UserError, match="not a checkpoint"):
-            runs.load_checkpoint(path)
+            checkpoints.load_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="not a checkpoint"):
-        runs.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     torch.save({"format": 99, "project": "9.9"}, path)
     with pytest.raises(UserError, match="format 99.*version '9.9'"):
-        runs.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     with pytest.raises(UserError, match="it is a folder"):
-        runs.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
     with pytest.raises(UserError, match="it is not there"):
-        runs.load_checkpoint(tmp_path / "none.pt")
+        checkpoints.load_checkpoint(tmp_path / "none.pt")
 
 
 def test_tensor_bombs_are_refused(tmp_path):
     path, packed = tmp_path / "c.pt", tmp_path / "packed.pt"
     torch.save({"format": 1, "model": torch.zeros(1).expand(2**40)}, path)
     with pytest.raises(UserError, match="less data than its shape claims"):
-        runs.load_checkpoint(path)
-    runs.save_checkpoint(path, {"model": torch.zeros(2**20)})
+        checkpoints.load_checkpoint(path)
+    checkpoints.save_checkpoint(path, {"model": torch.zeros(2**20)})
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.namelist():
             new.writestr(entry, old.read(entry))
     assert packed.stat().st_size < path.stat().st_size / 100
     with pytest.raises(UserError, match="compressed"):
-        runs.load_checkpoint(packed)
+        checkpoints.load_checkpoint(packed)
 
 
 @pytest.mark.parametrize(
@@ -163,21 +163,21 @@ def test_tensor_bombs_are_refused(tmp_path):
 )
 def test_failed_checkpoint_write_warns_and_keeps_the_earlier_one(tmp_path, monkeypatch, capsys, failure):
     path = tmp_path / "last.pt"
-    assert runs.try_save_checkpoint(path, {"step": 1})
+    assert checkpoints.try_save_checkpoint(path, {"step": 1})
 
     def fail(contents, file):
         file.write(b"half")
         raise failure
 
     monkeypatch.setattr(torch, "save", fail)
-    assert not runs.try_save_checkpoint(path, {"step": 2})
+    assert not checkpoints.try_save_checkpoint(path, {"step": 2})
     assert "warning: could not write" in capsys.readouterr().err
-    assert runs.load_checkpoint(path)["step"] == 1
+    assert checkpoints.load_checkpoint(path)["step"] == 1
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_checkpoint_into_a_vanished_folder_only_warns(tmp_path, capsys):
-    assert not runs.try_save_checkpoint(tmp_path / "gone" / "last.pt", {"step": 1})
+    assert not checkpoints.try_save_checkpoint(tmp_path / "gone" / "last.pt", {"step": 1})
     assert "there is none before it" in capsys.readouterr().err
 
 
@@ -307,12 +307,12 @@ def test_failing_log_does_not_end_the_run(tmp_path, capsys):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(formatter_class=runs.HelpFormatter)
-    parser.add_argument("--width", type=runs.positive_int, default=5)
-    parser.add_argument("--sizes", type=runs.positive_int, nargs="+", default=None)
+    parser = argparse.ArgumentParser(formatter_class=flags.HelpFormatter)
+    parser.add_argument("--width", type=flags.positive_int, default=5)
+    parser.add_argument("--sizes", type=flags.positive_int, nargs="+", default=None)
     parser.add_argument("--style", choices=("unit", "memory"), default="unit")
-    parser.add_argument("--epochs", type=runs.positive_int, default=3)
-    runs.add_run_flags(parser)
+    parser.add_argument("--epochs", type=flags.positive_int, default=3)
+    flags.add_run_flags(parser)
     return parser
 
 
@@ -322,13 +322,13 @@ def started(tmp_path):
     argv = ["--width", "7", "--sizes", "2", "3", "--style", "memory", "--seed", "9"]
     folder = runs.create_run_folder(tmp_path, "run", "script")
     runs.write_arguments(
-        folder, "script", runs.parse_arguments(make_parser(), argv, "script"), argv, parameters=11
+        folder, "script", flags.parse_arguments(make_parser(), argv, "script"), argv, parameters=11
     )
     return folder
 
 
 def resume(folder, *argv, script="script"):
-    return runs.parse_arguments(
+    return flags.parse_arguments(
         make_parser(), ["--resume", str(folder), *argv], script, may_change=("epochs",)
     )
 
@@ -408,17 +408,17 @@ def parses(kind, text):
     "kind, good, bad",
     [
         (
-            runs.positive_int,
+            flags.positive_int,
             ["1", "2147483647"],
             ["0", "-1", "1.5", "x", "", "nan", "inf", "2147483648", "1e3"],
         ),
-        (runs.non_negative_int, ["0", "5"], ["-1", "0.0"]),
-        (runs.seed_int, ["0", "4294967295"], ["-1", "4294967296"]),
-        (runs.finite_float, ["0", "-3.5"], ["nan", "inf", "-inf", "1e999", "x"]),
-        (runs.positive_float, ["1e-9", "3"], ["0", "-1", "nan", "inf"]),
-        (runs.non_negative_float, ["0", "3"], ["-0.1", "nan", "inf"]),
-        (runs.fraction, ["0", "0.99"], ["1", "-0.1", "nan"]),
-        (runs.probability, ["0.01", "1"], ["0", "1.01", "nan"]),
+        (flags.non_negative_int, ["0", "5"], ["-1", "0.0"]),
+        (flags.seed_int, ["0", "4294967295"], ["-1", "4294967296"]),
+        (flags.finite_float, ["0", "-3.5"], ["nan", "inf", "-inf", "1e999", "x"]),
+        (flags.positive_float, ["1e-9", "3"], ["0", "-1", "nan", "inf"]),
+        (flags.non_negative_float, ["0", "3"], ["-0.1", "nan", "inf"]),
+        (flags.fraction, ["0", "0.99"], ["1", "-0.1", "nan"]),
+        (flags.probability, ["0.01", "1"], ["0", "1.01", "nan"]),
     ],
 )
 def test_argument_types(kind, good, bad):
@@ -428,7 +428,7 @@ def test_argument_types(kind, good, bad):
 
 def test_help_shows_defaults_that_say_something():
     parser = make_parser()
-    parser.add_argument("--bias", type=runs.finite_float, default=0.0, help="a bias")
+    parser.add_argument("--bias", type=flags.finite_float, default=0.0, help="a bias")
     text = parser.format_help()
     assert "a bias (default: 0.0)" in text
     assert "(default: 1111)" in text and "(default: None)" not in text and "(default: False)" not in text
@@ -438,9 +438,9 @@ def test_help_shows_defaults_that_say_something():
 
 
 def test_random_states_bring_back_every_generator():
-    runs.seed_everything(5)
+    devices.seed_everything(5)
     np.random.standard_normal()  # leaves a cached second value, which is part of the state
-    states = runs.random_states()
+    states = devices.random_states()
 
     def draws():
         return (
@@ -450,24 +450,24 @@ def test_random_states_bring_back_every_generator():
         )
 
     expected = draws()
-    runs.seed_everything(6)
+    devices.seed_everything(6)
     assert draws() != expected
     buffer = io.BytesIO()
     torch.save(states, buffer)
     buffer.seek(0)
-    runs.restore_random_states(torch.load(buffer, weights_only=True))
+    devices.restore_random_states(torch.load(buffer, weights_only=True))
     assert draws() == expected
 
 
 def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--cuda was given but"):
-        runs.choose_device(True)
+        devices.choose_device(True)
 
 
 def test_unused_gpu_is_a_hint(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert runs.choose_device(False) == torch.device("cpu")
+    assert devices.choose_device(False) == torch.device("cpu")
     assert "unused: --cuda uses it" in capsys.readouterr().out
 
 
@@ -476,7 +476,7 @@ def test_unused_gpu_is_a_hint(monkeypatch, capsys):
 
 def test_first_interrupt_is_a_flag_and_the_second_breaks_in(capfd):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), runs.Interrupts() as interrupts:
+    with pytest.raises(KeyboardInterrupt), console.Interrupts() as interrupts:
         assert interrupts.requested is None and interrupts.exit_status == 0
         signal.raise_signal(signal.SIGINT)
         assert interrupts.requested == "SIGINT" and interrupts.exit_status == 130
@@ -486,7 +486,7 @@ def test_first_interrupt_is_a_flag_and_the_second_breaks_in(capfd):
 
 
 def test_sigterm_is_a_flag_and_stays_one():
-    with runs.Interrupts() as interrupts:
+    with console.Interrupts() as interrupts:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert interrupts.requested == "SIGTERM" and interrupts.exit_status == 143
@@ -499,7 +499,7 @@ def exit_of(capsys, failure, lower="the width"):
         return failure
 
     with pytest.raises(SystemExit) as exit:
-        runs.run_script(main, lower)
+        console.run_script(main, lower)
     return exit.value.code, capsys.readouterr().err
 
 
@@ -524,13 +524,13 @@ def test_host_memory_that_runs_out_is_known_for_what_it_is(capsys):
 @pytest.mark.parametrize("bug", [RuntimeError("shapes differ"), ValueError("x"), OSError("no file in it")])
 def test_bugs_keep_their_traceback(bug):
     with pytest.raises(type(bug)):
-        runs.run_script(lambda: (_ for _ in ()).throw(bug))
+        console.run_script(lambda: (_ for _ in ()).throw(bug))
 
 
 def test_alarm_rings_once_per_period(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
-    alarm, never = runs.Alarm(2), runs.Alarm(0)
+    alarm, never = console.Alarm(2), console.Alarm(0)
     rings = []
     for second in (119, 121, 220, 221, 339, 341, 9999):
         now[0] = 100.0 + second
@@ -540,19 +540,19 @@ def test_alarm_rings_once_per_period(monkeypatch):
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    with runs.Progress(120, "epoch 1", done=7) as progress:
+    with console.Progress(120, "epoch 1", done=7) as progress:
         progress.advance(3)
         progress.report("loss 1.5")
-    with runs.Progress(9, "valid", quiet=True) as progress:
+    with console.Progress(9, "valid", quiet=True) as progress:
         progress.report("nothing")
     assert capsys.readouterr() == ("epoch 1  10/120  loss 1.5\n", "")
 
 
 def test_a_warmup_that_outlasts_the_run_is_warned_of(capsys):
-    runs.warn_of_long_warmup(0, 1)
-    runs.warn_of_long_warmup(9, 10)
+    schedule.warn_of_long_warmup(0, 1)
+    schedule.warn_of_long_warmup(9, 10)
     assert capsys.readouterr().err == ""
-    runs.warn_of_long_warmup(500, 54)
+    schedule.warn_of_long_warmup(500, 54)
     assert "--warmup 500 is no shorter than the run, 54 steps" in capsys.readouterr().err
 
 
@@ -560,7 +560,8 @@ def test_a_warmup_that_outlasts_the_run_is_warned_of(capsys):
 
 
 FAULTS = """
-import resource, torch, runs
+import resource, torch
+from training import devices
 
 def faults(count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -570,7 +571,7 @@ def faults(count):
 
 faults(1)
 handed_back = faults(10)
-if runs.keep_freed_memory():
+if devices.keep_freed_memory():
     faults(20)  # glibc needs some aligned pieces before it finds a freed one that fits
     print(handed_back, faults(10))
 """
@@ -590,7 +591,7 @@ def test_freed_memory_is_kept_for_the_next_allocation():
 def test_times_are_said_as_people_say_them():
     times = (0.254, 7.04, 90, 450, 5400, 7200, 4e6)
     said = ["0.25 s", "7.0 s", "90 s", "7.5 min", "90 min", "2.0 h", "1,111 h"]
-    assert [runs.duration(seconds) for seconds in times] == said
+    assert [console.duration(seconds) for seconds in times] == said
 
 
 @pytest.mark.parametrize("kind, first, steps_to_line, told", [
@@ -604,7 +605,7 @@ def test_the_first_step_says_what_to_expect_if_nothing_else_would_be_seen_for_lo
 ):
     now = [50.0]
     monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
-    step = runs.FirstStep(torch.device(kind))
+    step = console.FirstStep(torch.device(kind))
     now[0] += first
     step.tell(steps_to_line, 1200, "an epoch")
     said = capsys.readouterr().out
@@ -618,14 +619,14 @@ def test_the_first_step_says_what_to_expect_if_nothing_else_would_be_seen_for_lo
 
 
 def test_no_replica_is_without_examples(monkeypatch):
-    monkeypatch.setattr(runs, "Replicas", lambda model, device_ids: len(device_ids))
+    monkeypatch.setattr(devices, "Replicas", lambda model, device_ids: len(device_ids))
     for gpus in range(1, 9):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)  # noqa: B023
         for rows in range(1, 30):
-            count = runs.wrap_data_parallel(None, torch.device("cuda"), rows) or 1
+            count = devices.wrap_data_parallel(None, torch.device("cuda"), rows) or 1
             # DataParallel cuts a batch as `chunk` does, into as many pieces or fewer.
             assert len(torch.arange(rows).chunk(count)) == count == len(torch.arange(rows).chunk(gpus))
-    assert runs.wrap_data_parallel(None, torch.device("cpu"), 20) is None
+    assert devices.wrap_data_parallel(None, torch.device("cpu"), 20) is None
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
@@ -648,7 +649,7 @@ def test_replicas_compute_in_the_precision_that_is_asked_for(monkeypatch, dtype)
         seen.append((number, penalty, torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")))
 
     monkeypatch.setattr(torch.nn.DataParallel, "parallel_apply", in_threads)
-    replicas = runs.Replicas.__new__(runs.Replicas)
+    replicas = devices.Replicas.__new__(devices.Replicas)
     with torch.autocast("cuda", dtype):
         enabled = torch.is_autocast_enabled("cuda")  # only where there is a GPU
         replicas.parallel_apply([replica, replica], [(1,), (2,)], [{"penalty": 3}, {"penalty": 4}])
@@ -670,8 +671,8 @@ def test_a_run_that_was_saved_is_not_begun_again_without_its_last(tmp_path, even
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     if refused:
         with pytest.raises(UserError, match="has no last.pt to go on from.*without --resume"):
-            runs.load_last(tmp_path)
+            checkpoints.load_last(tmp_path)
     else:
-        assert runs.load_last(tmp_path) is None
-    runs.save_checkpoint(tmp_path / "last.pt", {"step": 3})
-    assert runs.load_last(tmp_path)["step"] == 3
+        assert checkpoints.load_last(tmp_path) is None
+    checkpoints.save_checkpoint(tmp_path / "last.pt", {"step": 3})
+    assert checkpoints.load_last(tmp_path)["step"] == 3

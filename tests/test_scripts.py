@@ -12,12 +12,10 @@ import pytest
 import torch
 from conftest import write_corpus
 
-import lm_flags
-import lm_training
-import runs
 import train_rmc
 import train_rnn
-from runs import UserError
+from training import checkpoints, console, lm_flags, lm_training, runs
+from training.console import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -70,7 +68,7 @@ def flatten(value, name=""):
 
 
 def assert_same_checkpoint(one, other, ignoring=("seconds", ".args.")):
-    a, b = (dict(flatten(runs.load_checkpoint(path))) for path in (one, other))
+    a, b = (dict(flatten(checkpoints.load_checkpoint(path))) for path in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         if not any(word in name for word in ignoring):
@@ -142,7 +140,7 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
         assert event["ppl"] == pytest.approx(math.exp(event["loss"]))
         assert event["ms_per_batch"] > event["forward_ms_per_batch"] > 0 and event["tokens_per_second"] > 0
     assert [event["event"] for event in events[-2:]] == ["valid", "test"]
-    best = runs.load_checkpoint(folder / "best.pt")
+    best = checkpoints.load_checkpoint(folder / "best.pt")
     assert best["scores"]["valid_loss"] == min(event["loss"] for event in valid) == events[-1]["valid_loss"]
 
 
@@ -187,7 +185,7 @@ def test_fault_7_resuming_from_the_middle_is_as_if_never_stopped(
     interrupt_at(monkeypatch, STEPS + 7)  # in the second epoch, between two log entries
     status, folder = run(script, corpus_folder, tmp_path / "parts", *flags)
     assert status == 130
-    assert runs.load_checkpoint(folder / "last.pt")["position"]["step"] == STEPS + 7
+    assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"] == STEPS + 7
     interrupt_at(monkeypatch, 2 * STEPS + 5)
     assert script.main(["--resume", str(folder)]) == 130
     assert script.main(["--resume", str(folder)]) == 0
@@ -246,7 +244,7 @@ def test_sigterm_saves_and_leaves_at_once(corpus_folder, tmp_path, monkeypatch, 
     interrupt_at(monkeypatch, STEPS + 3, signal.SIGTERM)
     status, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "3")
     assert status == 143 and "best model" not in capsys.readouterr().out
-    assert runs.load_checkpoint(folder / "last.pt")["position"]["step"] == STEPS + 3
+    assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"] == STEPS + 3
 
 
 def test_resume_refuses_another_corpus_and_a_spoilt_checkpoint(corpus_folder, tmp_path):
@@ -257,7 +255,7 @@ def test_resume_refuses_another_corpus_and_a_spoilt_checkpoint(corpus_folder, tm
         train_rnn.main([*resume, "--data", str(other)])
     with pytest.raises(UserError, match="a run of train_rnn.py, this is train_rmc.py"):
         train_rmc.main(resume)
-    good = runs.load_checkpoint(folder / "last.pt")
+    good = checkpoints.load_checkpoint(folder / "last.pt")
     for change in (
         {"position": {"epoch": 1, "strange": 2}},
         {"optimizer": None},
@@ -267,7 +265,7 @@ def test_resume_refuses_another_corpus_and_a_spoilt_checkpoint(corpus_folder, tm
         {"model": {}},
         {"scheduler": 7},
     ):
-        runs.save_checkpoint(folder / "last.pt", {**good, **change})
+        checkpoints.save_checkpoint(folder / "last.pt", {**good, **change})
         with pytest.raises(UserError, match="last.pt does not fit its run") as caught:
             train_rnn.main(resume)
         assert "\n" not in str(caught.value)
@@ -398,7 +396,7 @@ def test_vocabulary_flag_reaches_the_corpus(corpus_folder, tmp_path):
     words = {}
     for choice in ("all", "train"):
         _, folder = run(train_rnn, corpus_folder, tmp_path / choice, "--epochs", "1", "--vocab-from", choice)
-        words[choice] = runs.load_checkpoint(folder / "best.pt")["words"]
+        words[choice] = checkpoints.load_checkpoint(folder / "best.pt")["words"]
         assert train_rnn.main(["--evaluate", str(folder)]) == 0  # remembers the choice
     assert "yak" in words["all"] and "yak" not in words["train"]
 
@@ -504,7 +502,7 @@ def test_memory_that_runs_out_is_answered_with_what_to_lower(corpus_folder, tmp_
 
     monkeypatch.setattr(lm_training.Trainer, "step", too_much)
     with pytest.raises(SystemExit) as caught:
-        runs.run_script(lambda: run(train_rnn, corpus_folder, tmp_path / "runs")[0], lm_training.LOWER_MEMORY)
+        console.run_script(lambda: run(train_rnn, corpus_folder, tmp_path / "runs")[0], lm_training.LOWER_MEMORY)
     message = capsys.readouterr().err
     assert caught.value.code == 2 and "Lower --batch_size or --bptt, use --adaptivesoftmax, " in message
     assert not os.listdir(tmp_path / "runs")
@@ -565,7 +563,7 @@ def test_killed_while_it_saves_nothing_is_lost(corpus_folder, tmp_path):
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
-    assert 0 < runs.load_checkpoint(killed / "last.pt")["position"]["step"] < 4 * STEPS
+    assert 0 < checkpoints.load_checkpoint(killed / "last.pt")["position"]["step"] < 4 * STEPS
     (killed / ".last.pt.left.tmp").write_bytes(b"half a checkpoint")
     assert train_rnn.main(["--resume", str(killed), "--save-every", "0"]) == 0
     assert sorted(os.listdir(killed)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
@@ -577,19 +575,19 @@ def test_killed_while_it_saves_nothing_is_lost(corpus_folder, tmp_path):
 def test_a_best_model_newer_than_the_last_checkpoint_is_the_one_to_beat(corpus_folder, tmp_path):
     """Killed between the two writes; on a GPU the epoch done again may end with a worse loss."""
     _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1")
-    best = runs.load_checkpoint(folder / "best.pt")
+    best = checkpoints.load_checkpoint(folder / "best.pt")
     best["scores"] = {"epoch": 2, "step": 2 * STEPS, "valid_loss": 0.125}
-    runs.save_checkpoint(folder / "best.pt", best)
+    checkpoints.save_checkpoint(folder / "best.pt", best)
     kept = (folder / "best.pt").read_bytes()
     assert train_rnn.main(["--resume", str(folder), "--epochs", "3"]) == 0
     assert (folder / "best.pt").read_bytes() == kept
-    position = runs.load_checkpoint(folder / "last.pt")["position"]
+    position = checkpoints.load_checkpoint(folder / "last.pt")["position"]
     assert (position["best_valid"], position["best_epoch"]) == (0.125, 2)
     (folder / "best.pt").unlink()  # then the next epoch makes one
     assert train_rnn.main(["--resume", str(folder), "--epochs", "4"]) == 0
-    assert runs.load_checkpoint(folder / "best.pt")["scores"]["epoch"] == 4
+    assert checkpoints.load_checkpoint(folder / "best.pt")["scores"]["epoch"] == 4
     del best["scores"]
-    runs.save_checkpoint(folder / "best.pt", best)
+    checkpoints.save_checkpoint(folder / "best.pt", best)
     with pytest.raises(UserError, match="does not say how good it is"):
         train_rnn.main(["--resume", str(folder), "--epochs", "5"])
 
@@ -625,7 +623,7 @@ def test_a_recipe_is_not_asked_again_when_its_run_goes_on(tmp_path, capsys, monk
     again = ["--resume", str(folder), "--recipe", "wikitext2-regularised", "--epochs", "2"]
     assert train_rnn.main(again) == 0
     assert "recipe wikitext2-regularised:" not in capsys.readouterr().out
-    args = runs.load_checkpoint(folder / "last.pt")["args"]
+    args = checkpoints.load_checkpoint(folder / "last.pt")["args"]
     assert args["dropout_input"] == 0.4 and args["emsize"] == 6 and args["epochs"] == 2
     # As torchrun does it, with the command line that began the run; here with nothing left to do.
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")

@@ -4,14 +4,14 @@ import csv
 import math
 
 import pytest
+import state_lengths
 import torch
 from test_scripts import run
 
-import state_lengths
 import train_rnn
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from runs import UserError
+from training.console import UserError
 
 V = 29
 MODELS = {

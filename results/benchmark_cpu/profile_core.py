@@ -10,13 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs  # noqa: E402
 from relational_rnn_general import RelationalMemory  # noqa: E402
+from training import devices
 
 B, T = 64, 100
 torch.manual_seed(1111)
 torch.set_num_threads(2)
-runs.keep_freed_memory()  # as in training
+devices.keep_freed_memory()  # as in training
 core = RelationalMemory(1, 192, 192, 4, key_size=64, attention_mlp_layers=3, return_all_outputs=True)
 inputs, errors = torch.randn(B, T, 192), torch.randn(B, T, core.output_size)
 

@@ -24,9 +24,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import runs  # noqa: E402
 import train_nth_farthest as script  # noqa: E402
 from nth_farthest import NthFarthestModel, make_batch  # noqa: E402
+from training import devices  # noqa: E402
 
 SMALL = ["--num-vectors", "3", "--num-dims", "1", "--memslots", "3", "--numheads", "4", "--headsize", "16"]
 SMALL += ["--outputunits", "64", "--batch-size", "128", "--steps", "500", "--seed", "1", "--threads", "1"]
@@ -82,8 +82,8 @@ def decodable(model: NthFarthestModel) -> float:
 def main() -> None:
     """Trains as train_nth_farthest.py does and prints a row of measurements at every mark."""
     args = script.build_parser().parse_args([*SMALL, *sys.argv[1:]])
-    device = runs.choose_device(False, args.threads)
-    runs.seed_everything(args.seed)
+    device = devices.choose_device(False, args.threads)
+    devices.seed_everything(args.seed)
     trainer = script.Trainer(script.build_model(args), args, device)
     print("  step  accuracy  vector share  slots apart  decodable")
     for step in range(args.steps + 1):

@@ -34,12 +34,12 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
+import plot_runs  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-import plot_runs  # noqa: E402
-import runs  # noqa: E402
 import train_nth_farthest as script  # noqa: E402
+from training import console, flags, runs  # noqa: E402
 
 # Set in a worker that Ctrl-C has stopped: the pool may have given it the next run already.
 STOPPED = threading.Event()
@@ -246,12 +246,12 @@ def draw() -> None:
 
 def main() -> None:
     """Runs what is missing, for as long as allowed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument(
-        "--workers", type=runs.positive_int, default=1, help="runs side by side, 1 thread each"
+        "--workers", type=flags.positive_int, default=1, help="runs side by side, 1 thread each"
     )
     parser.add_argument(
-        "--minutes", type=runs.non_negative_float, default=60, help="0 = write the table only"
+        "--minutes", type=flags.non_negative_float, default=60, help="0 = write the table only"
     )
     parser.add_argument("--only", default="", metavar="PREFIX", help="settings whose name begins so")
     args = parser.parse_args()
@@ -277,7 +277,7 @@ def main() -> None:
     print_summary()
     try:
         draw()
-    except runs.UserError as error:
+    except console.UserError as error:
         print(f"no {PICTURE.name}: {error}")
 
 

@@ -21,17 +21,18 @@ import torch.multiprocessing as multiprocessing
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import distributed  # noqa: E402
 import lm_training  # noqa: E402
-import runs  # noqa: E402
+
 import train_rmc  # noqa: E402
 from data_utils import Corpus, Vocabulary  # noqa: E402
-from distributed import ALONE  # noqa: E402
+from training import devices, runs
+from training.distributed import ALONE  # noqa: E402
 
 V, STEPS, ROUNDS = 10_000, 3, 9
 FLAGS = ["--batch_size", "32", "--bptt", "35", "--threads", "1"]
 
 
 def trainer_for(processes, args):
-    runs.seed_everything(args.seed)
+    devices.seed_everything(args.seed)
     words = torch.randint(V, (32 * 35 * 8 + 1,), dtype=torch.int16)
     corpus = Corpus(Path("."), Vocabulary([str(i) for i in range(V)]), words, words[:200], words[:200])
     model = train_rmc.build_model(args, V, None)

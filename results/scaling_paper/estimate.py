@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from output_layers import CHUNK_ROWS  # noqa: E402
+from layers.softmax import CHUNK_ROWS  # noqa: E402
 from relational_rnn_models import RelationalMemoryLM  # noqa: E402
 
 V, E, D, BATCH, T, TOKENS = 267_735, 512, 2500, 384, 100, 103e6

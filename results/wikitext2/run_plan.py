@@ -49,9 +49,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import lm_flags  # noqa: E402 (found by the line above)
-import runs  # noqa: E402
+
 import train_rmc  # noqa: E402
 import train_rnn  # noqa: E402
+from training import console, runs  # noqa: E402
 
 try:
     import fcntl
@@ -260,14 +261,14 @@ def alone(out: Path) -> Iterator[None]:
     """Keeps other plans from the folder, where the system has locks; the system frees it when this one ends.
 
     Raises:
-        runs.UserError: another plan works on the folder.
+        console.UserError: another plan works on the folder.
     """
     with open(out / ".lock", "ab") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise runs.UserError(
+                raise console.UserError(
                     f"another run_plan.py works on {out}. Wait for its end, stop it, or give another --out."
                 ) from None
             except OSError as error:
@@ -468,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Works on the plan; returns 0, also when there is more to do."""
     args = build_parser().parse_args(argv)
     if 0 < args.minutes <= args.scoring_minutes:
-        raise runs.UserError(
+        raise console.UserError(
             f"with --minutes {args.minutes:g} no run could ever be scored, as no scoring is begun with less "
             f"than --scoring-minutes {args.scoring_minutes:g} left. Raise the one or lower the other."
         )
@@ -484,4 +485,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    console.run_script(main)

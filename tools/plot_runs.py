@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import runs
-from runs import UserError
+from training import console, files, flags, runs
+from training.console import UserError
 
 NTH_FARTHEST_SCRIPT = "train_nth_farthest"
 LANGUAGE_MODEL_SCRIPTS = ("train_rmc", "train_rnn")
@@ -193,7 +193,7 @@ def draw_runs(folders: Sequence[Path], path: Path) -> int:
 def save(figure: Any, plt: Any, path: Path) -> None:
     """Writes the figure as PNG, whole or not at all, and forgets it."""
     try:
-        runs.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+        files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
     finally:
@@ -324,7 +324,7 @@ def draw_attention(weights: Any, path: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument(
         "folders",
         nargs="+",
@@ -347,4 +347,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    console.run_script(main)

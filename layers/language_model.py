@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from output_layers import AdaptiveSoftmax, FullSoftmax
-from regularisation import activation_penalty, drop_words, dropout
+from layers.regularisation import activation_penalty, drop_words, dropout
+from layers.softmax import AdaptiveSoftmax, FullSoftmax
 
 
 class LanguageModel(nn.Module):

@@ -50,16 +50,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cuda_graphs
-import output_layers
 import relational_rnn_general
-import runs
-from cuda_graphs import CapturedStep
+from layers import softmax as output_layers
+from layers.softmax import AdaptiveSoftmax, choose_cutoffs, plain_linear_cross_entropy
 from nth_farthest import NthFarthestModel, loss_and_correct, make_batch
-from output_layers import AdaptiveSoftmax, choose_cutoffs, plain_linear_cross_entropy
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from runs import UserError
+from training import console, cuda_graphs, devices, files, flags, runs
+from training.console import UserError
+from training.cuda_graphs import CapturedStep
 
 SECTIONS = ("lm", "nth", "options", "sequence", "batch", "slots", "size", "memory")
 CLIP = 0.1
@@ -681,7 +680,7 @@ class Report:
                 repeats[variant.label] = warm_up(getattr(runner, phase), self.device)
                 runners[variant.label] = runner
             except (MemoryError, RuntimeError) as error:
-                if not runs.is_out_of_memory(error):
+                if not console.is_out_of_memory(error):
                     raise
                 rows[variant.label].note = "out of memory"
             if rows[variant.label].note:
@@ -765,10 +764,10 @@ class Report:
             )
             writer.writeheader()
             writer.writerows({**asdict(row), **self.environment} for row in self.rows)
-            runs.atomic_write(self.csv_path, lambda file: file.write(text.getvalue().encode("utf-8")))
+            files.atomic_write(self.csv_path, lambda file: file.write(text.getvalue().encode("utf-8")))
         if self.markdown_path is not None:
             text_lines = "\n".join([*self.header(), *self.markdown]) + "\n"
-            runs.atomic_write(self.markdown_path, lambda file: file.write(text_lines.encode("utf-8")))
+            files.atomic_write(self.markdown_path, lambda file: file.write(text_lines.encode("utf-8")))
 
     def header(self) -> list[str]:
         about = self.environment
@@ -970,7 +969,7 @@ def report_peak(request: str) -> None:
     torch.set_num_threads(wanted["threads"])
     device = torch.device(wanted["device"])
     if device.type == "cpu":
-        runs.keep_freed_memory()
+        devices.keep_freed_memory()
     task, variant = Task(**wanted["task"]), Variant(**wanted["variant"])
     # A step of a minuscule model has the libraries load what they need; that is not the model's.
     tiny = {"batch": 2, "steps": 2, "vocab_size": 50, "head_size": 4, "key_size": 4, "lstm_size": 4}
@@ -1004,7 +1003,7 @@ def _peak_resident() -> int | None:
 
 def build_parser() -> argparse.ArgumentParser:
     introduction, _, _ = __doc__.partition("\nExamples:")
-    parser = argparse.ArgumentParser(description=introduction, formatter_class=runs.HelpFormatter)
+    parser = argparse.ArgumentParser(description=introduction, formatter_class=flags.HelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and few rounds: two minutes on two CPU cores"
     )
@@ -1025,14 +1024,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rounds",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=None,
         metavar="N",
         help=f"samples of each variant (default: {FULL.rounds}, with --quick {QUICK.rounds})",
     )
     parser.add_argument(
         "--seconds",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         default=None,
         metavar="S",
         help=f"begin no round of a table's phase beyond the first {FEWEST_ROUNDS} after this time; 0 = no "
@@ -1055,7 +1054,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
     parser.add_argument(
         "--threads",
-        type=runs.thread_count,
+        type=flags.thread_count,
         default=0,
         metavar="N",
         help="CPU threads that torch may use; 0 = its own choice",
@@ -1063,7 +1062,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--give-back-memory",
         action="store_true",
-        help="leave freed memory to the C library, as the training scripts do not (runs.keep_freed_memory)",
+        help="leave freed memory to the C library, as the training scripts do not (devices.keep_freed_memory)",
     )
     parser.add_argument("--peak-of", default=None, help=argparse.SUPPRESS)
     return parser
@@ -1072,7 +1071,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _shape(text: str) -> tuple[int, int]:
     batch, x, steps = text.partition("x")
     try:
-        return runs.positive_int(batch), runs.positive_int(steps)
+        return flags.positive_int(batch), flags.positive_int(steps)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"must be two whole numbers like 64x100, got {text!r}") from None
 
@@ -1098,9 +1097,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.cuda:  # adaptive softmax rules out CUDA graphs, without which launches would hide what grows
         plan = replace(plan, swept=replace(plan.swept, adaptive=False))
-    device = runs.choose_device(args.cuda, args.threads)
+    device = devices.choose_device(args.cuda, args.threads)
     if device.type == "cpu" and not args.give_back_memory:
-        runs.keep_freed_memory()
+        devices.keep_freed_memory()
     report = Report(
         device,
         args.rounds or plan.rounds,
@@ -1121,4 +1120,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    runs.run_script(main, lower="--shapes, or choose sections with --only")
+    console.run_script(main, lower="--shapes, or choose sections with --only")

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 
-import runs
 from data_utils import IGNORED
-from language_model import LanguageModel, perplexity
+from layers.language_model import LanguageModel, perplexity
+from training import files
 
 WINDOW = 100  # places of a segment read at once
 TOKENS_AT_ONCE = 6400  # of all segments together
@@ -136,4 +136,4 @@ def write_csv(path: Path, splits: dict[str, tuple[Sequence[StateLength], float]]
             between = repr(row.loss_between) if row.targets_between else ""
             writer.writerow([split, row.words, "", repr(row.loss), row.targets, between, row.targets_between])
         writer.writerow([split, "", columns, repr(carried), "", "", ""])
-    runs.atomic_write(path, lambda file: file.write(text.getvalue().encode("utf-8")))
+    files.atomic_write(path, lambda file: file.write(text.getvalue().encode("utf-8")))

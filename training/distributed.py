@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-import runs
-from runs import UserError
+from training import console, devices, flags, runs
+from training.console import UserError
 
 # What torchrun sets, as far as it is needed here.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -54,7 +54,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("parts of a batch (torchrun deals it to processes)")
     group.add_argument(
         "--accumulate",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=1,
         metavar="PIECES",
         help="pieces of a process's share of the batch, taken one after the other, their gradients added up: "
@@ -62,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--collective-timeout",
-        type=runs.positive_float,
+        type=flags.positive_float,
         default=600.0,
         metavar="SECONDS",
         help="how long a process waits for the others before it gives up; more than the first reading of a "
@@ -135,7 +135,7 @@ class Processes:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def agree(self, interrupts: runs.Interrupts, *wishes: bool) -> list[bool]:
+    def agree(self, interrupts: console.Interrupts, *wishes: bool) -> list[bool]:
         """Whether any process was asked to stop, and which of the wishes the main process has.
 
         The answer is the same in all, so that they save and stop at the same step; `interrupts` then says in
@@ -212,7 +212,7 @@ class Processes:
         At step 0 the main process keeps the stream that it has, that of a run in one process.
         """
         if self.rank > 0 or step > 0:
-            runs.seed_everything(int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1)[0]))
+            devices.seed_everything(int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1)[0]))
 
     def restore_random_states(self, states: Sequence[dict[str, Any]], seed: int, step: int) -> None:
         """Puts back this process's random generators from those of all, by rank.
@@ -220,11 +220,11 @@ class Processes:
         When they were of another number of processes, each draws from a new stream: that of `draw_apart`.
         """
         if len(states) == self.world_size:
-            runs.restore_random_states(states[self.rank])
+            devices.restore_random_states(states[self.rank])
             return
         self.draw_apart(seed, max(step, 1))
         if self.is_main:
-            runs.warn(
+            console.warn(
                 f"the run was in {len(states)} process{'es' * (len(states) > 1)}, now it is in "
                 f"{self.world_size}: dropout goes on with other random numbers"
             )
@@ -253,7 +253,7 @@ def _contact() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if runs.is_out_of_memory(error):
+        if console.is_out_of_memory(error):
             raise
         raise LostContact((str(error).strip() or type(error).__name__).splitlines()[0]) from None
 
@@ -300,12 +300,12 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:
         args: cuda, threads, strict_float32 and collective_timeout, as the flags give them.
 
     Raises:
-        UserError: as `from_environment` and `runs.choose_device`.
+        UserError: as `from_environment` and `devices.choose_device`.
         LostContact: the others are not there.
     """
     place = from_environment()
     own_gpu = None if place.alone else place.local_rank
-    device = runs.choose_device(args.cuda, args.threads, args.strict_float32, own_gpu)
+    device = devices.choose_device(args.cuda, args.threads, args.strict_float32, own_gpu)
     if place.alone:
         return device, place
     limit = datetime.timedelta(seconds=args.collective_timeout)
@@ -352,9 +352,7 @@ def _fresh_part(store: dist.Store, rank: int, world_size: int, timeout: float) -
     return dist.PrefixStore(part, store)
 
 
-def arguments_to_go_on(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> Sequence[str] | None:
+def arguments_to_go_on(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Sequence[str] | None:
     """The command line; with --resume where torchrun may restart and the run that it names has begun.
 
     Restarted processes know nothing but their command line, the one that began the run. Hence --name. A whole
@@ -383,7 +381,7 @@ def arguments_to_go_on(
 
 
 def run_script(main: Callable[[], int | None], lower: str = "the batch size") -> NoReturn:
-    """`runs.run_script` for scripts that torchrun may start.
+    """`console.run_script` for scripts that torchrun may start.
 
     Only the main process prints. When several processes fail, the first to do so says why; one that has only
     lost contact to the others speaks if none of them does. All end with a status that is not 0.
@@ -391,9 +389,9 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
     try:
         place = from_environment()
     except UserError as error:
-        runs.run_script(_raiser(error), lower)
+        console.run_script(_raiser(error), lower)
     if place.alone:
-        runs.run_script(main, lower)
+        console.run_script(main, lower)
     failure = _Failure(place)
     if not place.is_main:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
@@ -407,10 +405,10 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
         return status
 
     try:
-        runs.run_script(main_and_end, lower, failure.tell)
+        console.run_script(main_and_end, lower, failure.tell)
     except SystemExit as end:  # argparse has printed its own message, where printing is on
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if status == runs.EXIT_USER_ERROR and not failure.is_told:
+        if status == console.EXIT_USER_ERROR and not failure.is_told:
             failure.leave_to_main()
     except LostContact as error:
         status = 1
@@ -524,7 +522,5 @@ class FlatGradients:
         parameters = list(parameters)
         first = parameters[0]
         self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-        for parameter, part in zip(
-            parameters, self.flat.split([p.numel() for p in parameters]), strict=True
-        ):
+        for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)

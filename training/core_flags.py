@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import runs
+from training import flags
 
 
 def add_core_flags(
@@ -18,31 +18,31 @@ def add_core_flags(
 ) -> None:
     """Adds the core's flags to a group, with these defaults and those that all scripts share."""
     group.add_argument(
-        "--memslots", type=runs.positive_int, default=memslots, metavar="N", help="rows of the memory matrix"
+        "--memslots", type=flags.positive_int, default=memslots, metavar="N", help="rows of the memory matrix"
     )
     group.add_argument(
         "--headsize",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=headsize,
         metavar="UNITS",
         help="value size of one attention head; a memory row has heads x this many units",
     )
     group.add_argument(
-        "--numheads", type=runs.positive_int, default=numheads, metavar="N", help="attention heads"
+        "--numheads", type=flags.positive_int, default=numheads, metavar="N", help="attention heads"
     )
     group.add_argument(
-        "--numblocks", type=runs.layer_count, default=1, metavar="N", help="attention blocks per time step"
+        "--numblocks", type=flags.layer_count, default=1, metavar="N", help="attention blocks per time step"
     )
     group.add_argument(
         "--forgetbias",
-        type=runs.finite_float,
+        type=flags.finite_float,
         default=1.0,
         metavar="X",
         help="fixed bias of the forget gate, before the sigmoid",
     )
     group.add_argument(
         "--inputbias",
-        type=runs.finite_float,
+        type=flags.finite_float,
         default=0.0,
         metavar="X",
         help="fixed bias of the input gate, before the sigmoid",
@@ -55,14 +55,14 @@ def add_core_flags(
     )
     group.add_argument(
         "--attmlplayers",
-        type=runs.layer_count,
+        type=flags.layer_count,
         default=attmlplayers,
         metavar="N",
         help="layers of the MLP after the attention",
     )
     group.add_argument(
         "--keysize",
-        type=runs.non_negative_int,
+        type=flags.non_negative_int,
         default=keysize,
         metavar="UNITS",
         help="query and key size of one attention head; 0 = the head size",

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import plot_runs
-import runs
+
 import train_rmc
 import train_rnn
-from runs import UserError
+from training import console, devices, flags
+from training.console import UserError
 
 # Arguments that change nothing in a run's numbers but the seed's; a recipe is the flags that it sets.
-NOT_COMPARED = runs.RESUME_MAY_CHANGE | {
+NOT_COMPARED = flags.RESUME_MAY_CHANGE | {
     "seed", "name", "recipe", "evaluate", "state_lengths", "collective_timeout"
 }  # fmt: skip
 # Of flags that a run is older than: a new flag's default must leave things as they were.
@@ -70,7 +71,7 @@ class Result:
         if self.processes > 1 or not self.gpus:
             return self.processes
         given = {**DEFAULTS[self.run.script], **self.run.arguments}
-        return runs.replica_count(len(self.gpus), given["batch_size"] // given["accumulate"])
+        return devices.replica_count(len(self.gpus), given["batch_size"] // given["accumulate"])
 
     @property
     def has_dropout(self) -> bool:
@@ -250,7 +251,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument(
         "folders",
         nargs="+",
@@ -273,4 +274,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    console.run_script(main)

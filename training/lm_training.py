@@ -22,21 +22,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tools import state_lengths
 import torch
 from torch import nn
 
-import distributed
-import runs
-import state_lengths
-from cuda_graphs import capture_together
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
-from distributed import ALONE, FlatGradients, Processes
-from language_model import LanguageModel, perplexity
-from lm_flags import LR_FACTOR, PATIENCE, Recipes, apply_recipe, choose_softmax
-from regularisation import WeightAverage, parameter_groups, window_stops
+from layers.language_model import LanguageModel, perplexity
+from layers.regularisation import WeightAverage, parameter_groups, window_stops
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from runs import UserError, say
+from training import checkpoints, console, devices, distributed, flags, runs, schedule
+from training.console import UserError, say
+from training.cuda_graphs import capture_together
+from training.distributed import ALONE, FlatGradients, Processes
+from training.lm_flags import LR_FACTOR, PATIENCE, Recipes, apply_recipe, choose_softmax
 
 MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
 SCRIPTS = ("train_rmc", "train_rnn")
@@ -63,7 +62,7 @@ def evaluate(
     batch_size: int,
     bptt: int,
     device: torch.device | str,
-    interrupts: runs.Interrupts | None = None,
+    interrupts: console.Interrupts | None = None,
     label: str = "evaluating",
     processes: Processes = ALONE,
 ) -> float:
@@ -89,7 +88,7 @@ def evaluate(
     try:
         total = torch.zeros((), dtype=torch.float64, device=device)  # read once, so that a GPU never waits
         state = model.initial_state(mine.stop - mine.start)
-        with runs.Progress(-(-columns.length // bptt), label, quiet=True) as progress:
+        with console.Progress(-(-columns.length // bptt), label, quiet=True) as progress:
             for tokens, targets in columns.windows(bptt):
                 if len(state):  # with more processes than columns, some have none
                     nats, state = model(tokens[mine], targets[mine], state)
@@ -121,12 +120,12 @@ def load_model(
     kind = checkpoint.get("kind")
     if not isinstance(kind, str) or kind not in MODELS:
         raise UserError(
-            f"the checkpoint holds a model of kind {runs.in_one_line(kind)}, not a language model "
+            f"the checkpoint holds a model of kind {console.in_one_line(kind)}, not a language model "
             f"({' or '.join(map(repr, MODELS))}). Use a best.pt made by train_rmc.py or train_rnn.py."
         )
     try:
         words, config, weights = checkpoint["words"], checkpoint["config"], checkpoint["model"]
-        runs.check_layer_counts(config, weights)
+        checkpoints.check_layer_counts(config, weights)
         if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise TypeError("words must be a list of strings")
         vocabulary = Vocabulary(words)
@@ -150,9 +149,9 @@ def load_model(
         model = MODELS[kind](**config)
         model.load_state_dict(weights)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if runs.is_out_of_memory(error):
+        if console.is_out_of_memory(error):
             raise
-        reason = f"no {error}" if isinstance(error, KeyError) else runs.first_line(error)
+        reason = f"no {error}" if isinstance(error, KeyError) else console.first_line(error)
         raise UserError(
             f"the checkpoint does not fit together ({reason}). Was it altered? Use another one."
         ) from None
@@ -269,7 +268,7 @@ class Trainer:
         columns = self.mine.stop - self.mine.start
         rows = columns // args.accumulate
         self.pieces = [slice(start, start + rows) for start in range(0, columns, rows)]
-        self.replicas = runs.wrap_data_parallel(model, device, rows) if processes.alone else model
+        self.replicas = devices.wrap_data_parallel(model, device, rows) if processes.alone else model
         # On a GPU each group's learning rate is a tensor: a captured step reads it anew at each replay.
         on_gpu = device.type == "cuda"
         adam = torch.optim.AdamW if args.weight_decay else torch.optim.Adam
@@ -287,9 +286,7 @@ class Trainer:
         factors = (args.ar, args.tar)
         self.penalties = {"penalties": factors} if any(factors) else {}
         decay = args.average_decay if args.average == "ema" else None
-        self.average = (
-            None if args.average == "none" else WeightAverage(model, decay, args.average_trigger)
-        )
+        self.average = None if args.average == "none" else WeightAverage(model, decay, args.average_trigger)
         self.total_steps = args.epochs * -(-self.columns.length // args.bptt)
         if args.random_bptt is not None and args.schedule == "cosine":
             self.total_steps = sum(len(self.window_stops(1 + epoch)) for epoch in range(args.epochs))
@@ -310,9 +307,9 @@ class Trainer:
         self.timer = ForwardTimer(device)
         self.clock = time.perf_counter()  # when `at.seconds` was last brought up to date
         self.interval_clock, self.timed_steps, self.timed_tokens = self.clock, 0, 0
-        self.alarm = runs.Alarm(args.save_every)
-        self.interrupts = runs.Interrupts()
-        self.first_step = runs.FirstStep(device)
+        self.alarm = console.Alarm(args.save_every)
+        self.interrupts = console.Interrupts()
+        self.first_step = console.FirstStep(device)
 
     def capture(self) -> None:
         """Prepares a step on a full window for CUDA graphs: as one, or around what lies between the pieces.
@@ -343,7 +340,7 @@ class Trainer:
 
     def without_graph(self, reason: str) -> None:
         """Tells that steps could not be captured: the run is then slower than its arguments say."""
-        runs.warn(reason)
+        console.warn(reason)
         self.write("not_captured", reason=reason)
 
     # -- the loop
@@ -358,10 +355,10 @@ class Trainer:
         self.folder = folder
         self.log = runs.RunLog(folder / "log.jsonl" if self.processes.is_main else os.devnull)
         if self.device.type == "cpu":
-            runs.keep_freed_memory()
+            devices.keep_freed_memory()
         self.clock = self.interval_clock = time.perf_counter()
         self.alarm.reset()
-        self.first_step = runs.FirstStep(self.device)
+        self.first_step = console.FirstStep(self.device)
         with self.interrupts:
             try:
                 while self.at.epoch <= self.args.epochs:
@@ -378,7 +375,7 @@ class Trainer:
             self.state.copy_(self.model.initial_state(len(self.state)))
         stops = self.window_stops(self.at.epoch)
         done = bisect.bisect_right(stops, self.at.place)
-        with runs.Progress(len(stops), f"epoch {self.at.epoch}", done) as progress:
+        with console.Progress(len(stops), f"epoch {self.at.epoch}", done) as progress:
             for end in stops[done:]:
                 self.step(*self.columns.window(self.at.place, end))
                 progress.advance()
@@ -469,7 +466,7 @@ class Trainer:
         """How many targets lie before a place of the columns, counted without a look at the tensors."""
         return min(place * self.args.batch_size, self.columns.num_pairs)
 
-    def report(self, progress: runs.Progress) -> None:
+    def report(self, progress: console.Progress) -> None:
         """Reads the sums and the clock; a "train" event and a line for the steps since the last reading."""
         nats, norms = self.read_sums()
         self.update_clock()
@@ -537,7 +534,7 @@ class Trainer:
         self.interval_clock = time.perf_counter()  # evaluation is not part of the next ms/batch
 
     def evaluate(
-        self, split: str, interrupts: runs.Interrupts | None = None, model: LanguageModel | None = None
+        self, split: str, interrupts: console.Interrupts | None = None, model: LanguageModel | None = None
     ) -> float:
         """Mean loss of a split in nats per token, of the model in training or of another."""
         return evaluate(
@@ -555,7 +552,7 @@ class Trainer:
         """The best model's test loss in nats per token, None when there is no best model yet."""
         if not self.at.best_epoch:
             return None
-        checkpoint = self.processes.from_main(lambda: runs.load_checkpoint(self.folder / "best.pt"))
+        checkpoint = self.processes.from_main(lambda: checkpoints.load_checkpoint(self.folder / "best.pt"))
         best, _ = load_model(checkpoint, self.device)
         return self.evaluate("test", model=best)
 
@@ -585,7 +582,7 @@ class Trainer:
         args, step = self.args, self.at.step + 1
         if args.schedule == "cosine" or step <= args.warmup + 1:
             highest = args.lr if args.schedule == "cosine" else self.plateau_lr
-            self.lr = runs.scheduled_lr(
+            self.lr = schedule.scheduled_lr(
                 highest, step, self.total_steps, args.warmup, cosine=args.schedule == "cosine"
             )
         if args.random_bptt is not None:
@@ -651,11 +648,11 @@ class Trainer:
         nats, norms = self.read_sums()
         self.update_clock()
         state = self.state if self.processes.alone else self.state.cpu()
-        parts = self.processes.gather((state, runs.random_states()))
+        parts = self.processes.gather((state, devices.random_states()))
         if not self.processes.is_main:
             return True
         states, random = zip(*parts, strict=True)
-        return runs.try_save_checkpoint(
+        return checkpoints.try_save_checkpoint(
             self.folder / "last.pt",
             {
                 **describe_model(self.kind, self.model, self.corpus.vocabulary),
@@ -683,7 +680,9 @@ class Trainer:
             "args": vars(self.args),
             "scores": {"epoch": self.at.epoch, "step": self.at.step, "valid_loss": loss},
         }
-        saved = self.processes.from_main(lambda: runs.try_save_checkpoint(self.folder / "best.pt", contents))
+        saved = self.processes.from_main(
+            lambda: checkpoints.try_save_checkpoint(self.folder / "best.pt", contents)
+        )
         if saved:
             self.at.best_valid, self.at.best_epoch = loss, self.at.epoch
 
@@ -698,7 +697,9 @@ class Trainer:
         """
         path = folder / "best.pt"
         exists, best = self.processes.from_main(
-            lambda: (True, runs.load_checkpoint(path).get("scores")) if path.exists() else (False, None)
+            lambda: (
+                (True, checkpoints.load_checkpoint(path).get("scores")) if path.exists() else (False, None)
+            )
         )
         if not exists:
             self.at.best_valid, self.at.best_epoch = Position.best_valid, Position.best_epoch
@@ -748,14 +749,14 @@ class Trainer:
             )
             pieces = checkpoint["args"].get("accumulate", 1)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-            if runs.is_out_of_memory(error):
+            if console.is_out_of_memory(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"last.pt does not fit its run ({reason}). Was it or args.json altered? Start a new run."
             ) from None
         if pieces != self.args.accumulate and self.drops_out:
-            runs.warn(
+            console.warn(
                 f"--accumulate was {pieces}, now it is {self.args.accumulate}: dropout goes on with other "
                 "random numbers, and masks that a whole batch shares (of words and weights) are drawn for "
                 "each piece"
@@ -810,17 +811,17 @@ def run(
     argv = distributed.arguments_to_go_on(parser, argv)
     apply_recipe(parser, argv, recipes)
     may_change = ("epochs", "data", "evaluate", "state_lengths")
-    args = runs.parse_arguments(parser, argv, script, may_change)
+    args = flags.parse_arguments(parser, argv, script, may_change)
     if args.state_lengths and args.evaluate is None:
         raise UserError("--state-lengths needs --evaluate RUN: it scores a trained model.")
     if args.evaluate is not None:
         if args.resume is not None:
             raise UserError("--evaluate and --resume exclude each other: give the run folder to one of them.")
-        given = runs.given_arguments(parser, argv)
-        runs.warn_of_ignored(parser, given, USED_BY_EVALUATE)
+        given = flags.given_arguments(parser, argv)
+        flags.warn_of_ignored(parser, given, USED_BY_EVALUATE)
         return score(args, given)
     device, processes = distributed.start(args)
-    runs.seed_everything(args.seed)
+    devices.seed_everything(args.seed)
     with processes.one_per_host_first(), text_may_have_moved(args.resume):
         corpus = load_corpus(args.data, args.vocab_from)
     print(
@@ -830,20 +831,20 @@ def run(
     try:
         cutoffs = choose_softmax(args, len(corpus.vocabulary))
         build = functools.partial(build_model, args, len(corpus.vocabulary), cutoffs)
-        runs.check_model_fits(build, device)
+        devices.check_model_fits(build, device)
         model = build().to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"model: {type(model).__name__}, {parameters:,} parameters")
     trainer = Trainer(model, corpus, args, kind, device, processes)
-    runs.warn_of_long_warmup(args.warmup, trainer.total_steps)
+    schedule.warn_of_long_warmup(args.warmup, trainer.total_steps)
     warn_of_short_epochs(args, len(trainer.window_stops(1)), len(corpus.train) - 1)
     processes.draw_apart(args.seed)
 
     with processes.run_folder(args, script) as folder:
         if args.resume is not None:
-            go_on(trainer, folder, argv, new_epochs="epochs" in runs.given_arguments(parser, argv))
+            go_on(trainer, folder, argv, new_epochs="epochs" in flags.given_arguments(parser, argv))
         else:
             print(f"run folder: {folder}", flush=True)
         try:
@@ -882,7 +883,7 @@ def warn_of_short_epochs(args: argparse.Namespace, steps: int, targets: int) -> 
     if steps >= FEW_STEPS:
         return
     fitting = (targets - 1) // ((FEW_STEPS - 1) * args.bptt)  # columns of more than FEW_STEPS - 1 windows
-    runs.warn(
+    console.warn(
         f"the training text has {targets + 1:,} tokens: with --batch_size {args.batch_size} and --bptt "
         f"{args.bptt} an epoch has no more than {steps} step{'s' * (steps > 1)}, and learning takes many. "
         + (f"Lower --batch_size to {fitting} or less" if fitting else "Lower --batch_size and --bptt")
@@ -893,12 +894,12 @@ def warn_of_short_epochs(args: argparse.Namespace, steps: int, targets: int) -> 
 def go_on(trainer: Trainer, folder: Path, argv: Sequence[str] | None, new_epochs: bool) -> None:
     """Takes up a run where its last.pt stands, and notes it; `new_epochs`: --epochs was given too."""
     args, processes = trainer.args, trainer.processes
-    checkpoint = processes.from_main(lambda: runs.load_last(folder))
+    checkpoint = processes.from_main(lambda: checkpoints.load_last(folder))
     if checkpoint is not None:  # else it was killed before its first save: begin again, same seed
         trainer.restore(checkpoint)
     trainer.restore_best(folder)
     if args.schedule == "cosine" and new_epochs:
-        runs.warn("with another number of --epochs, the cosine schedule goes on along another curve")
+        console.warn("with another number of --epochs, the cosine schedule goes on along another curve")
     if processes.is_main:
         runs.note_resume(folder, args, argv, **processes.facts)
         runs.RunLog(folder / "log.jsonl").write("resume", epoch=trainer.at.epoch, step=trainer.at.step)
@@ -967,7 +968,7 @@ def score(args: argparse.Namespace, given: dict[str, Any]) -> int:
     """
     path = find_checkpoint(args.evaluate)
     device, processes = distributed.start(args)
-    checkpoint = runs.load_checkpoint(path)
+    checkpoint = checkpoints.load_checkpoint(path)
     model, vocabulary = load_model(checkpoint, device)
     saved = checkpoint.get("args")
     saved = saved if isinstance(saved, dict) else {}

@@ -7,10 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import distributed
-import runs
-from output_layers import choose_cutoffs
-from runs import UserError
+from layers.softmax import choose_cutoffs
+from training import distributed, flags
+from training.console import UserError
 
 # More than this many epochs in a row without a better validation loss halve the learning rate.
 PATIENCE = 5
@@ -50,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     )
     softmax.add_argument(
         "--cutoffs",
-        type=runs.positive_int,
+        type=flags.positive_int,
         nargs="+",
         default=None,
         metavar="WORDS",
@@ -61,13 +60,13 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--lr",
-        type=runs.positive_float,
+        type=flags.positive_float,
         default=0.001,
         help="Adam's learning rate, at its highest",
     )
     training.add_argument(
         "--embedding-lr",
-        type=runs.positive_float,
+        type=flags.positive_float,
         default=None,
         metavar="LR",
         help="that of the embedding's matrix, which tied is the softmax's too, in constant ratio to --lr "
@@ -82,21 +81,21 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     )
     training.add_argument(
         "--warmup",
-        type=runs.non_negative_int,
+        type=flags.non_negative_int,
         default=0,
         metavar="STEPS",
         help="steps in which the learning rate first grows from 0",
     )
     training.add_argument(
         "--clip",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         default=0.1,
         metavar="NORM",
         help="largest L2 norm of the gradient; 0 = no clipping",
     )
     training.add_argument(
         "--weight-decay",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         default=0.0,
         metavar="X",
         help="decoupled weight decay of the matrices (AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101): "
@@ -104,7 +103,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     )
     training.add_argument(
         "--ar",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         default=0.0,
         metavar="X",
         help="activation regularisation: this times the mean square of the dropped output is added to the "
@@ -112,7 +111,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     )
     training.add_argument(
         "--tar",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         default=0.0,
         metavar="X",
         help="temporal activation regularisation (the same paper): likewise, of the differences between "
@@ -128,21 +127,21 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     )
     training.add_argument(
         "--average-decay",
-        type=runs.fraction,
+        type=flags.fraction,
         default=0.999,
         metavar="X",
         help="ema: what is left of the average after a step",
     )
     training.add_argument(
         "--average-trigger",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=5,
         metavar="EPOCHS",
         help="nt-asgd: starts when the validation loss is above the best one of more than so many epochs ago",
     )
     training.add_argument(
         "--epochs",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=100,
         metavar="N",
         help="passes over the training text; with --resume it may be changed",
@@ -150,21 +149,21 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     training.add_argument(
         "--batch_size",
         "--batch-size",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=64,
         metavar="N",
         help="columns that the training text is dealt to, read side by side",
     )
     training.add_argument(
         "--bptt",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=100,
         metavar="TOKENS",
         help="tokens per column in one step, through which gradients flow back",
     )
     training.add_argument(
         "--random-bptt",
-        type=runs.non_negative_float,
+        type=flags.non_negative_float,
         nargs="?",
         const=5.0,
         default=None,
@@ -177,7 +176,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     training.add_argument(
         "--eval-batch-size",
         "--eval_batch_size",
-        type=runs.positive_int,
+        type=flags.positive_int,
         default=32,
         metavar="N",
         help="columns in evaluation; 1 scores a split as one stream; not given, --evaluate takes the run's",
@@ -190,7 +189,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
     )
     training.add_argument(
         "--state-lengths",
-        type=runs.positive_int,
+        type=flags.positive_int,
         nargs="+",
         default=None,
         metavar="WORDS",
@@ -198,7 +197,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: Recipes) -> None:
         "since a reset (figure 12 of arXiv:1806.01822); writes state_lengths.csv beside the checkpoint",
     )
     distributed.add_flags(parser)
-    runs.add_precision_flags(runs.add_run_flags(parser))
+    flags.add_precision_flags(flags.add_run_flags(parser))
 
 
 def add_dropout_flags(
@@ -211,14 +210,14 @@ def add_dropout_flags(
     """
     parser.add_argument(
         "--dropout",
-        type=runs.fraction,
+        type=flags.fraction,
         default=0.5,
         metavar="P",
         help="probability of dropping a unit, wherever the flags below do not say otherwise",
     )
     parser.add_argument(
         "--dropout-input",
-        type=runs.fraction,
+        type=flags.fraction,
         default=None,
         metavar="P",
         help="of the embedded input (default: --dropout)",
@@ -226,14 +225,14 @@ def add_dropout_flags(
     if between_layers:
         parser.add_argument(
             "--dropout-hidden",
-            type=runs.fraction,
+            type=flags.fraction,
             default=None,
             metavar="P",
             help="between the layers (default: --dropout)",
         )
     parser.add_argument(
         "--dropout-output",
-        type=runs.fraction,
+        type=flags.fraction,
         default=None,
         metavar="P",
         help="of the output before the softmax (default: --dropout)",
@@ -247,7 +246,7 @@ def add_dropout_flags(
     )
     parser.add_argument(
         "--dropout-words",
-        type=runs.fraction,
+        type=flags.fraction,
         default=0.0,
         metavar="P",
         help="probability of dropping a word of the vocabulary from the input for a whole window (the same "
@@ -255,7 +254,7 @@ def add_dropout_flags(
     )
     parser.add_argument(
         "--dropout-weights",
-        type=runs.fraction,
+        type=flags.fraction,
         default=0.0,
         metavar="P",
         help=f"weight drop, one mask per window, on {recurrent_matrices} (Merity et al. 2018, "
@@ -263,7 +262,7 @@ def add_dropout_flags(
     )
     parser.add_argument(
         "--dropout-candidate",
-        type=runs.fraction,
+        type=flags.fraction,
         default=0.0,
         metavar="P",
         help=f"recurrent dropout of {candidate}, where Semeniuta et al. 2016 (arXiv:1603.05118) put it, with "
@@ -317,7 +316,7 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None, re
     Raises:
         UserError: the command line asks for no training.
     """
-    given = runs.given_arguments(parser, argv)
+    given = flags.given_arguments(parser, argv)
     name = given.get("recipe")
     if name is None or given.get("resume") is not None:
         return
@@ -344,7 +343,7 @@ def as_typed(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> list
     """The words of a command line that gives these values, by their names in the namespace."""
     words = []
     for name, value in values.items():
-        flag = runs.flag_of(parser, name)
+        flag = flags.flag_of(parser, name)
         if value is True:
             words.append(flag)
         elif value is False:  # said where there is a word for it, else by leaving the flag away

@@ -1,0 +1,1 @@
+"""What the language models are built from, besides the relational memory core."""

@@ -1,0 +1,6 @@
+"""Put the project's folder on the import path, so that `python tools/NAME.py` finds its modules."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
