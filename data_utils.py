@@ -97,6 +97,13 @@ class Corpus:
     valid: torch.Tensor
     test: torch.Tensor
 
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256("\n".join(self.vocabulary.words).encode("utf-8", errors="surrogatepass"))
+        for ids in (self.train, self.valid, self.test):
+            digest.update(f"\0{len(ids)}\0".encode())
+            digest.update(ids.numpy())
+        return digest.hexdigest()
+
 
 def load_corpus(data: str, vocab_from: str = "all") -> Corpus:
     """Read the corpus that `data` names; from its cache when the texts are those that were cached.

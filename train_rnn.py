@@ -11,112 +11,99 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rnn_models import RNNLM
-from training import distributed, flags, lm_flags, lm_training
-
-SCRIPT = "train_rnn"
+from rnn_models import LAYERS, RNNLM
+from training import distributed, flags, language_flags, language_modelling, trainer
 
 RECIPES = {
     # As many weights and epochs as train_rmc.py's recipe of this name.
     "tiny": {
-        "data": "tiny",
+        **language_flags.TINY,
         "emsize": 150,
         "nhid": 150,
         "tied": True,
         "cudnn": True,
-        "dropout": 0.1,
         "lr": 0.005,
-        "schedule": "cosine",
-        "clip": 1.0,
-        "batch_size": 32,
-        "bptt": 32,
-        "epochs": 11,
-        "threads": 1,
-        "eval_batch_size": 4,
     },
-    # 10,733,894 parameters, parted between embedding and recurrence as train_rmc.py's recipe parts them.
+    # 10,733,894 parameters, divided between embedding and recurrence as in train_rmc.py's recipe.
     "wikitext2": {
+        **language_flags.WIKITEXT2,
         "emsize": 184,
         "nhid": 960,
         "project": True,
         "tied": True,
         "cudnn": True,
         "lr": 0.004,
-        **lm_flags.WIKITEXT2,
     },
     # 10,609,998 parameters.
     "wikitext2-regularised": {
+        **language_flags.WIKITEXT2_REGULARISED,
         "emsize": 280,
         "nhid": 280,
         "nlayers": 2,
+        "tied": True,
         "cudnn": True,
         "dropout_hidden": 0.25,
         "ar": 2.0,
-        **lm_flags.WIKITEXT2_REGULARISED,
     },
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The script's command line."""
-    parser = argparse.ArgumentParser(
-        prog=f"{SCRIPT}.py", description=__doc__, formatter_class=flags.HelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> flags.Parser:
+    """Return the script's command line."""
+    parser = flags.Parser("train_rnn", __doc__)
     network = parser.add_argument_group("recurrent network")
-    network.add_argument(
-        "--model", choices=("LSTM", "GRU", "RNN_TANH", "RNN_RELU"), default="LSTM", help="kind of cell"
-    )
-    network.add_argument(
-        "--emsize", type=flags.positive_int, default=300, metavar="UNITS", help="size of a word's embedding"
-    )
-    network.add_argument(
-        "--nhid", type=flags.positive_int, default=300, metavar="UNITS", help="hidden units per layer"
-    )
-    network.add_argument("--nlayers", type=flags.layer_count, default=1, metavar="N", help="recurrent layers")
-    network.add_argument(
+    flags.option(network, "--model", None, "LSTM", None, "kind of cell", choices=tuple(LAYERS))
+    flags.option(network, "--emsize", flags.positive_int, 300, "UNITS", "size of a word's embedding")
+    flags.option(network, "--nhid", flags.positive_int, 300, "UNITS", "hidden units per layer")
+    flags.option(network, "--nlayers", flags.layer_count, 1, "N", "recurrent layers")
+    flags.switch(
+        network,
         "--tied",
-        action="store_true",
-        help="one matrix for embedding and softmax; needs --emsize equal to --nhid, or --project",
+        "share one matrix between embedding and softmax; requires --emsize equal to --nhid, or --project",
     )
     network.add_argument(
         "--cudnn",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="torch's fused layer (cuDNN on a GPU) in place of a loop of cells; the same maths",
+        help="use torch's fused layer (cuDNN on a GPU), not a loop of cells; the result is the same",
     )
-    network.add_argument(
+    flags.switch(
+        network,
         "--project",
-        action="store_true",
-        help="a linear layer from the hidden units to --emsize before the softmax, as the relational memory "
+        "add a linear layer from the hidden units to --emsize before the softmax, as the relational memory "
         "core has one; --tied then works with any --nhid",
     )
-    lm_flags.add_dropout_flags(
+    language_flags.add_dropout_flags(
         network,
         "weight_hh of every layer",
-        "what is added to the LSTM's cells (the loop of cells alone, without --cudnn)",
+        "what is added to the LSTM's cells (loop of cells only, without --cudnn)",
         between_layers=True,
     )
-    lm_flags.add_flags(parser, RECIPES)
+    language_flags.add_flags(parser, list(RECIPES))
     return parser
 
 
 def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | None) -> RNNLM:
-    """The model that the arguments describe, with random weights; ValueError where they are wrong."""
+    """Return the model that the arguments describe, with random weights.
+
+    Raises:
+        ValueError: flags that contradict each other.
+    """
     if args.tied and cutoffs is not None:
         raise ValueError(
-            "--tied and --adaptivesoftmax exclude each other: the clusters of adaptive softmax have weights "
-            "of their own. Leave one of them away."
+            "--tied and --adaptivesoftmax cannot be combined: the clusters of adaptive softmax have other "
+            "weights. Omit one of them."
         )
     if args.dropout_candidate and (args.model != "LSTM" or args.cudnn):
         raise ValueError(
-            "--dropout-candidate acts inside an LSTM's cells, which only the loop of cells can do (this: "
-            f"{args.model}{' with --cudnn' if args.cudnn else ''}). Give --model LSTM and --no-cudnn, or "
-            "use --dropout-weights, which works with all."
+            "--dropout-candidate requires an LSTM as a loop of cells, got "
+            f"{args.model}{' with --cudnn' if args.cudnn else ''}. Use --model LSTM --no-cudnn, or "
+            "--dropout-weights, which works with every model."
         )
     if args.tied and not args.project and args.emsize != args.nhid:
         raise ValueError(
-            "--tied has embedding and softmax share one matrix, so --nhid must equal --emsize, got "
-            f"{args.nhid} and {args.emsize}. Make them equal, or give --project."
+            "--tied shares one matrix between embedding and softmax and requires --nhid equal to --emsize, "
+            f"got {args.nhid} and {args.emsize}. Make them equal, or add --project."
         )
     return RNNLM(
         vocab_size,
@@ -128,14 +115,15 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
         tied=args.tied,
         fused=args.cudnn,
         project=args.project,
-        **lm_flags.dropouts(args),
+        **language_flags.dropouts(args),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit status."""
-    return lm_training.run(build_parser(), argv, SCRIPT, "rnn", build_model, RECIPES)
+    """Run the script and return its exit status."""
+    script = language_modelling.script("train_rnn", "rnn", build_parser(), build_model, RECIPES)
+    return trainer.run(script, argv)
 
 
 if __name__ == "__main__":
-    distributed.run_script(main, lm_training.LOWER_MEMORY)
+    distributed.run_script(main, language_modelling.LOWER_MEMORY)

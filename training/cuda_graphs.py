@@ -1,7 +1,7 @@
-"""A training step as one CUDA graph.
+"""Training steps as CUDA graphs.
 
-On a GPU, a step of many small operations takes as long as launching them one by one; a graph launches all at
-once.
+On a GPU, a step of many small operations takes as long as launching them one by one. A graph launches all of
+them at once.
 """
 
 from __future__ import annotations
@@ -13,38 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Eager calls before the capture: in them libraries set themselves up and the optimiser makes its state.
+from training.console import first_line, is_out_of_memory
+
+# Eager calls before the capture. In them, libraries initialise and the optimiser creates its state.
 WARMUP_CALLS = 3
 
 
 class CapturedStep:
-    """A function of tensors that is recorded once and then replayed on a GPU, and simply called elsewhere.
+    """A function of tensors that is captured once and then replayed on a GPU, and called as it is elsewhere.
 
-    Every call does the function's work exactly once, the eager ones before the recording too, so that what a
-    training step changes (weights, optimiser, random generators) is the same with and without graphs.
+    Every call does the function's work exactly once, the eager calls before the capture included, so that
+    weights, optimiser and random generators end up the same with and without graphs.
 
-    What the function must keep to, to be recorded:
-        * the same shapes and the same operations at every call, and nothing that waits for the device
-          (`.item()`, printing);
-        * what it changes from call to call is in tensors that stay in place: a learning rate as a tensor,
-          `add_` to a sum;
-        * it sets gradients to None before its backward, so that the recorded backward writes them and does
-          not add to them;
-        * Adam with `capturable=True`;
-        * its inputs are on the device.
-    Its results are overwritten by the next call: use or copy them before.
+    A function that is to be captured must:
+        * use the same shapes and the same operations in every call, and never wait for the device;
+        * keep what changes from call to call in tensors that stay in place;
+        * set gradients to None before its backward pass, or add to gradients that stay in place;
+        * use Adam with `capturable=True`.
+    The next call overwrites its results.
 
     Args:
-        function: takes tensors, returns a tensor, a structure of tensors or None.
-        device: where it works; recorded only on a CUDA device.
+        function: takes tensors; returns a tensor, a structure of tensors or None.
+        device: where it computes; it is captured on a CUDA device only.
         enabled: False calls it eagerly everywhere.
-        generators: the random generators that it draws from, besides the device's default one.
-        on_failure: told why, in one line, when recording fails; the function is called eagerly from then on.
-        beside_threads: other threads use the device too (NCCL's watchdog does): what they do during the
-            recording neither enters it nor breaks it.
+        on_failure: called with the reason, in one line, when the capture fails. Later calls are eager.
+        beside_threads: whether other threads use the device too, as NCCL's watchdog does.
 
     Raises:
-        ValueError: at the recording, an input that is not a tensor on the device.
+        ValueError: at the capture, an input that is not a tensor on the device.
     """
 
     def __init__(
@@ -52,13 +48,11 @@ class CapturedStep:
         function: Callable[..., Any],
         device: torch.device,
         enabled: bool = True,
-        generators: Iterable[torch.Generator] = (),
         on_failure: Callable[[str], None] = print,
         beside_threads: bool = False,
     ):
         self.function = function
         self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0', as tensors have it
-        self.generators = list(generators)
         self.on_failure = on_failure
         self.capture_error_mode = "thread_local" if beside_threads else "global"
         self.enabled = enabled and device.type == "cuda"
@@ -82,7 +76,7 @@ class CapturedStep:
         return self.outputs
 
     def _on_side_stream(self, inputs: tuple[Tensor, ...]) -> Any:
-        """A plain call, on the kind of stream that recording will use."""
+        """Call the function on the stream that the capture will use."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -91,10 +85,10 @@ class CapturedStep:
         return outputs
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Records the function without running it. False, with the reason told, if that cannot be done.
+        """Record the function without running it. Return False, after reporting the reason, on failure.
 
-        A failure half-way leaves the weights as they were, as nothing has run. Gradients may then be memory
-        that was never written; the function's next call sets them to None.
+        A failure leaves the weights unchanged, because nothing has run. Gradients may then be memory that was
+        never written; the function's next call resets them.
         """
         for number, given in enumerate(inputs):
             # A copy from the host would be recorded with its present address, or not at all.
@@ -104,26 +98,28 @@ class CapturedStep:
         self.inputs = tuple(given.clone() for given in inputs)
         collecting = gc.isenabled()
         try:
-            # A graph that the garbage collector destroyed during the recording would break it.
+            # A graph that the garbage collector destroys during the capture would break it.
             gc.collect()
             gc.disable()
             graph = torch.cuda.CUDAGraph()
-            if hasattr(graph, "register_generator_state"):  # may go: later versions do this at the first use
-                for generator in self.generators:
-                    graph.register_generator_state(generator)
-            # The outer `with`: torch.cuda.graph alone leaves its stream the current one when its end fails.
+            # The outer `with` restores the stream: torch.cuda.graph alone does not when its end fails.
             mode = self.capture_error_mode
             with (
                 torch.cuda.stream(self.stream),
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode),
             ):
                 self.outputs = self.function(*self.inputs)
-        except RuntimeError as error:  # what torch raises when CUDA refuses
+        except RuntimeError as error:
             self.give_up()
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.on_failure(f"the step cannot be captured as a CUDA graph ({reason}); going on without")
+            # The end of a failed capture raises an error of its own; the cause is the error before it.
+            while error.__context__ is not None:
+                error = error.__context__
+            self.on_failure(
+                f"the training step cannot be captured as a CUDA graph ({first_line(error)}); "
+                "training continues without one"
+            )
             return False
         finally:
             if collecting:
@@ -132,33 +128,26 @@ class CapturedStep:
         return True
 
     def give_up(self) -> None:
-        """From now on the function is called eagerly, with the random generators where they are."""
+        """Call the function eagerly from now on."""
         self.enabled, self.graph, self.inputs, self.outputs = False, None, (), None
-        self._release_generators()
-
-    def _release_generators(self) -> None:
-        """Takes random generators out of the capture in which a failed end leaves them.
-
-        In it they refuse to draw eagerly. A clone has the same seed and offset, and is in no capture.
-        """
-        generators = self.generators
         if self.device.type == "cuda":
-            generators = [*generators, torch.cuda.default_generators[self.device.index]]
-        for generator in generators:
-            if generator.device.type == "cuda":
-                generator.graphsafe_set_state(generator.clone_state())
+            # A failed capture leaves the random generator in capture mode, in which it cannot draw eagerly.
+            # A clone has the same seed and offset, and is in no capture.
+            generator = torch.cuda.default_generators[self.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 def capture_together(
     functions: Iterable[Callable[..., Any]], on_failure: Callable[[str], None] = print, **options: Any
 ) -> list[CapturedStep]:
-    """Captured steps of which all are replayed or none: when one cannot be recorded, the others are given up.
+    """Return captured steps of which either all are replayed or none.
 
-    A graph that was recorded before draws its random numbers from where the eager draws do not look.
+    When one cannot be captured, the others return to eager calls: a graph draws its random numbers from
+    another part of the generator's stream than eager calls do.
 
     Args:
         functions: one for each step.
-        on_failure: as CapturedStep takes it; called once.
+        on_failure: as for CapturedStep; called once.
         options: further arguments of CapturedStep, the same for all.
     """
 

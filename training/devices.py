@@ -1,81 +1,46 @@
-"""Devices, random numbers and memory."""
+"""Devices, threads, memory and random numbers."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from training.console import UserError
+from training.console import UserError, first_line
 
-# ---- randomness, devices
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds torch (all devices), numpy and Python."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+# ---- devices
 
 
-def random_states() -> dict[str, Any]:
-    """The states of all random number generators, as plain data for a checkpoint."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
-    }
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts back what `random_states` returned; GPU states only where the number of GPUs is the same."""
-    torch.set_rng_state(states["torch"].cpu())
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    if states["cuda"] and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-
-
-def choose_device(
-    cuda: bool, threads: int = 0, strict_float32: bool = False, own_gpu: int | None = None
-) -> torch.device:
-    """The device to compute on, said in one line.
+def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None = None) -> torch.device:
+    """Choose the device to compute on and print it if it is a GPU.
 
     Args:
-        cuda: the user asked for the GPU.
-        threads: CPU threads for torch, 0 for its own choice.
-        strict_float32: keep a GPU from rounding the products' factors to TF32.
-        own_gpu: the number of the one GPU that this process is to use, the others being for processes
-            beside it; None where it has them all.
+        cuda: whether the user asked for the GPU.
+        strict_float32: compute matrix products in float32, not in TF32, on a GPU.
+        own_gpu: index of the one GPU that this process may use; None for all of them.
 
     Raises:
-        UserError: a GPU was asked for and there is none that torch can use, or too few for the processes.
+        UserError: there is no usable GPU, or there are fewer than processes.
     """
-    if threads:
-        torch.set_num_threads(threads)
     if not cuda:
-        unused = " (a GPU is there and unused: --cuda uses it)" if torch.cuda.is_available() else ""
-        print(f"device: CPU, {torch.get_num_threads()} threads{unused}", flush=True)
         return torch.device("cpu")
     if not torch.cuda.is_available():
         why = (
             "torch was installed without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
         )
         raise UserError(
-            f"--cuda was given but {why} (torch {torch.__version__}). Leave --cuda away to run on the CPU, "
-            "or install a CUDA build of torch and check that nvidia-smi lists the GPU."
+            f"--cuda was given but {why} (torch {torch.__version__}). Omit --cuda to run on the CPU, or "
+            "install a CUDA build of torch and check that nvidia-smi lists the GPU."
         )
     torch.set_float32_matmul_precision("highest" if strict_float32 else "high")
     torch.backends.cudnn.allow_tf32 = not strict_float32
@@ -84,32 +49,69 @@ def choose_device(
         if own_gpu >= count:
             raise UserError(
                 f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', f'at least {own_gpu + 1}')} processes "
-                f"on this host, but torch finds {count} GPU{'s' * (count != 1)} here, and each process needs "
-                f"its own. Use --nproc-per-node={count}."
+                f"on this host, but torch finds {count} GPU{'s' * (count != 1)}, and each process needs one. "
+                f"Use --nproc-per-node={count}."
             )
         torch.cuda.set_device(own_gpu)
         print(f"device: GPU {torch.cuda.get_device_name(own_gpu)}, one for each process", flush=True)
         return torch.device("cuda", own_gpu)
-    print(
-        f"device: {count} x GPU {torch.cuda.get_device_name(0)}"
-        if count > 1
-        else f"device: GPU {torch.cuda.get_device_name(0)}",
-        flush=True,
-    )
+    many = f"{count} x " if count > 1 else ""
+    print(f"device: {many}GPU {torch.cuda.get_device_name(0)}", flush=True)
     return torch.device("cuda", 0)
 
+
+# A training step of fewer multiplications than this is not faster with a second thread.
+MULTIPLICATIONS_WORTH_A_THREAD = 2e9
+
+
+def choose_threads(requested: int, multiplications: float, device: torch.device, share: int = 1) -> int:
+    """Set the number of CPU threads that torch uses, print it and return it.
+
+    Args:
+        requested: the user's number; 0 chooses one thread for a small model, which a second thread does not
+            make faster, and all available cores otherwise.
+        multiplications: roughly, of one training step.
+        device: the device of the training.
+        share: processes that share the cores.
+    """
+    cores = available_cores()
+    large = multiplications >= MULTIPLICATIONS_WORTH_A_THREAD
+    threads = requested or (max(1, cores // share) if large and device.type == "cpu" else 1)
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        unused = " (--cuda uses the GPU)" if torch.cuda.is_available() else ""
+        chosen = "" if requested else f", chosen for a {'large' if large else 'small'} model on {cores} cores"
+        print(f"device: CPU, {threads} thread{'s' * (threads > 1)}{chosen}{unused}", flush=True)
+    return threads
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use: its CPU affinity, limited by the quota of its cgroup."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # cgroup version 2: "QUOTA PERIOD" in microseconds, or "max PERIOD"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:  # cgroup version 1: a quota of -1 is no limit
+            folder = Path("/sys/fs/cgroup/cpu")
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except OSError:
+            return cores
+    if quota.strip() in ("max", "-1"):
+        return cores
+    return max(1, min(cores, math.floor(int(quota) / int(period))))
+
+
+# ---- memory
 
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep freed memory for the next allocation; False if it cannot be told (not glibc).
+    """Make the C library keep freed memory for the next allocation. Return False if it is not glibc.
 
-    A training step on a CPU takes and frees hundreds of megabytes in large pieces. glibc returns pieces of
-    more than 32 MB to the system at once and others when enough of them are free, and the system then clears
-    every page anew. `benchmark.py --give-back-memory` times what that costs. The process stays as large as it
-    once was.
+    A training step on a CPU allocates and frees hundreds of megabytes in large blocks. By default glibc
+    returns them to the system, which then clears every page again.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -118,24 +120,24 @@ def keep_freed_memory() -> bool:
 
 
 def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> None:
-    """Refuses a model that cannot be trained in the memory there is, before any of it is used.
+    """Raise UserError if a model cannot be trained in the device's memory, without allocating any of it.
 
-    Systems that promise more memory than they have kill a process that takes them at their word.
+    Systems that overcommit memory kill the process otherwise.
 
     Args:
-        build: makes the model; called once, for shapes only.
-        device: where it is to be trained.
+        build: creates the model; called once, on the meta device.
+        device: where the model is to be trained.
 
     Raises:
         UserError: weights, gradients and Adam's two moments together exceed the device's memory.
-        ValueError: as `build` does.
     """
     try:
         with torch.device("meta"):
             needed = 4 * sum(weight.numel() * weight.element_size() for weight in build().parameters())
     except (RuntimeError, OverflowError) as error:  # products of sizes beyond 64 bits
-        reason = str(error).splitlines()[0]
-        raise UserError(f"a model of these sizes cannot be built ({reason}). Lower its sizes.") from None
+        raise UserError(
+            f"a model of these sizes cannot be built ({first_line(error)}). Lower its sizes."
+        ) from None
     if device.type == "cuda":
         present = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -149,33 +151,28 @@ def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> No
         )
 
 
-def replica_count(gpus: int, batch_size: int) -> int:
-    """Among how many of the GPUs DataParallel divides a batch.
-
-    Its pieces are equal but for the last, so that 20 examples on 8 GPUs are 7 pieces of 3 or fewer. A replica
-    without examples would be called without arguments.
-    """
-    count = max(1, min(gpus, batch_size))
-    return -(-batch_size // -(-batch_size // count))
+# ---- several GPUs in one process
 
 
 def wrap_data_parallel(model: nn.Module, device: torch.device, batch_size: int) -> nn.Module:
-    """The model as it is, or spread over the visible GPUs along the batch, at most one GPU per example.
+    """Return the model, or replicas on the visible GPUs that divide the batch, at most one per example.
 
     Arguments and results of the model's forward have the batch (or one row per replica) as first dimension.
     """
-    count = replica_count(torch.cuda.device_count(), batch_size) if device.type == "cuda" else 1
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    rows = -(-batch_size // max(1, min(count, batch_size)))
+    count = -(-batch_size // rows)  # DataParallel makes equal pieces but for the last: none may be empty
     return Replicas(model, device_ids=list(range(count))) if count > 1 else model
 
 
 class Replicas(nn.DataParallel):
-    """DataParallel whose replicas compute in the precision that autocast has where they are called.
+    """DataParallel whose replicas compute in the precision of the caller's autocast.
 
-    torch tells the replicas' threads that autocast is on and not its type, and a thread begins with float16.
+    torch passes on to the replicas' threads that autocast is enabled but not its type, which is then float16.
     """
 
     def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Any, kwargs: Any) -> list[Any]:
-        """Calls each replica with its part of the inputs, in a thread of its own."""
+        """Call each replica with its part of the inputs, in a thread of its own."""
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
         def call(replica: nn.Module, *given: Any, **named: Any) -> Any:
@@ -184,3 +181,41 @@ class Replicas(nn.DataParallel):
 
         calls = [functools.partial(call, replica) for replica in replicas]
         return super().parallel_apply(calls, inputs, kwargs)
+
+
+# ---- random numbers
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (all devices), numpy and Python."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of all random number generators as plain data for a checkpoint."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> bool:
+    """Restore what `random_states` returned. Return False if GPU states could not be restored.
+
+    That is the case when the number of visible GPUs has changed.
+    """
+    torch.set_rng_state(states["torch"].cpu())
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(states["cuda"]) == count:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+        return True
+    return count == 0

@@ -1,26 +1,106 @@
-"""Flags that all training scripts share, their value types, and --resume."""
+"""Command lines: the parser, types of values, the flags that scripts share, recipes, --resume."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Iterable, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from training import runs
 from training.console import UserError, warn
+
+# ---- the parser
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines; appends defaults to the help, but not where they say nothing."""
+    """Keeps the lines of the description; omits defaults that mean "off"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False
         return action.help if silent else super()._get_help_string(action)
 
 
-# ---- argparse value types
+class Parser(argparse.ArgumentParser):
+    """A parser of this project's scripts.
+
+    Flags of several words are spelled --like-this and accepted --like_this. A mistake raises UserError.
+    """
+
+    def __init__(self, script: str, description: str | None) -> None:
+        super().__init__(
+            prog=f"{script}.py", description=description, formatter_class=HelpFormatter, allow_abbrev=False
+        )
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse, after replacing underscores in the names of flags."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._hyphenated(word) for word in words], namespace)
+
+    def _hyphenated(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        known = name.startswith("--") and name.replace("_", "-") in self._option_string_actions
+        return name.replace("_", "-") + equals + value if known else word
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError in place of printing the usage."""
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+    def defaults(self) -> dict[str, Any]:
+        """Return all flags' defaults, by their names in the namespace."""
+        return vars(self.parse_args([]))
+
+    def given(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """Return the flags that the command line contains, without the defaults, by name."""
+        absent = object()  # argparse keeps attributes that exist already
+        start = argparse.Namespace(**{action.dest: absent for action in self._actions})
+        return {
+            name: value for name, value in vars(self.parse_args(argv, start)).items() if value is not absent
+        }
+
+    def flag(self, name: str) -> str:
+        """Return the flag, as typed, whose value has this name in the namespace."""
+        return next(action.option_strings[0] for action in self._actions if action.dest == name)
+
+    def as_typed(self, values: Mapping[str, Any]) -> list[str]:
+        """Return the words of a command line that gives these values."""
+        words = []
+        for name, value in values.items():
+            flag = self.flag(name)
+            if value is True:
+                words.append(flag)
+            elif value is False:  # with --no-FLAG if it exists, else by omitting the flag
+                no = f"--no-{flag.removeprefix('--')}"
+                words += [no] if no in self._option_string_actions else []
+            elif isinstance(value, list):
+                words += [flag, *map(str, value)]
+            elif value is not None:
+                words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+        return words
+
+
+def option(
+    group: argparse._ActionsContainer,
+    flag: str,
+    kind: Callable[[str], Any] | None,
+    default: Any,
+    metavar: str | None,
+    text: str,
+    **more: Any,
+) -> None:
+    """Add a flag that takes a value."""
+    group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text, **more)
+
+
+def switch(group: argparse._ActionsContainer, flag: str, text: str) -> None:
+    """Add a flag without a value."""
+    group.add_argument(flag, action="store_true", help=text)
+
+
+# ---- types of values
 
 
 def _number(kind: type, low: float, high: float, rule: str, low_open: bool = False, high_open: bool = False):
@@ -29,7 +109,7 @@ def _number(kind: type, low: float, high: float, rule: str, low_open: bool = Fal
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}") from None
-        # Written so that NaN, which compares false with everything, is refused.
+        # Comparisons with NaN are false.
         above = value > low if low_open else value >= low
         below = value < high if high_open else value <= high
         if not (above and below and math.isfinite(value)):
@@ -39,203 +119,179 @@ def _number(kind: type, low: float, high: float, rule: str, low_open: bool = Fal
     return parse
 
 
-_HUGE = 2**31 - 1  # no count in these scripts is sensible above it, and torch's sizes stay in range below it
+_HUGE = 2**31 - 1  # torch's sizes stay in range below it
 positive_int = _number(int, 1, _HUGE, "a whole number from 1 to 2147483647")
 layer_count = _number(int, 1, 1000, "a whole number from 1 to 1000")  # each is built in a Python loop
 non_negative_int = _number(int, 0, _HUGE, "a whole number from 0 to 2147483647")
-# A system without room for that many threads ends the process, with no chance to answer.
-thread_count = _number(int, 0, 1024, "a whole number from 0 to 1024")
+thread_count = _number(int, 0, 1024, "a whole number from 0 to 1024")  # more could end the process
 seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")  # numpy's range
 finite_float = _number(float, -1e30, 1e30, "a finite number")
 positive_float = _number(float, 0, 1e30, "a finite number above 0", low_open=True)
 non_negative_float = _number(float, 0, 1e30, "a finite number, 0 or more")
-fraction = _number(float, 0, 1, "at least 0 and below 1", high_open=True)  # dropout: 1 would erase everything
+fraction = _number(float, 0, 1, "at least 0 and below 1", high_open=True)
 probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
 
 
-# ---- flags of every script
+# ---- flags of every training script
 
-# What may differ when a run goes on: where it runs and how much it tells and saves, not what it computes.
-RESUME_MAY_CHANGE = frozenset(
-    {
-        "resume",
-        "cuda",
-        "log_interval",
-        "save_every",
-        "threads",
-        "runs_folder",
-        "no_cuda_graph",
-        "accumulate",
-        "collective_timeout",
+# Flags that may change when a run is resumed: where it runs and what it prints, not what it computes.
+RESUME_MAY_CHANGE = frozenset({
+    "resume", "cuda", "log_interval", "save_every", "threads", "runs_folder", "no_cuda_graph", "accumulate",
+    "collective_timeout", "evaluate",
+})  # fmt: skip
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that have the same meaning in every training script."""
+    run = parser.add_argument_group("run")
+    option(run, "--seed", seed_int, 1111, "N", "seed of all random numbers")
+    switch(run, "--cuda", "train on the GPU, on all visible ones; default: on the CPU")
+    option(run, "--threads", thread_count, 0, "N", "CPU threads; 0 = chosen to fit model and machine")
+    option(run, "--log-interval", positive_int, 100, "STEPS", "training steps between two log entries")
+    option(run, "--name", None, None, None, "name of the run's folder (default: script, date and time)")
+    option(run, "--runs-folder", None, "runs", "FOLDER", "folder in which run folders are created")
+    option(
+        run, "--save-every", non_negative_float, 10.0, "MINUTES",
+        "save last.pt this often, besides after each epoch and at the end; 0 = only then",
+    )  # fmt: skip
+    option(
+        run, "--resume", None, None, "RUN_FOLDER",
+        "continue an earlier run from its last.pt, with its arguments",
+    )  # fmt: skip
+    switch(
+        run, "--bf16",
+        "train with matrix products in bfloat16; softmax, norms, memory and evaluation stay in float32, and "
+        "so do torch's fused recurrent layers where they do not support it",
+    )  # fmt: skip
+    switch(
+        run, "--strict-float32", "no TF32 in matrix products on a GPU (TF32 is faster and rounds to 10 bits)"
+    )
+    switch(
+        run, "--no-cuda-graph", "launch a training step's operations one by one on a GPU, not as a CUDA graph"
+    )
+    parts = parser.add_argument_group("parts of a batch (torchrun divides it among processes)")
+    option(
+        parts, "--accumulate", positive_int, 1, "PIECES",
+        "divide a process's share of the batch into pieces and add up their gradients: the same step in less "
+        "memory",
+    )  # fmt: skip
+    option(
+        parts, "--collective-timeout", positive_float, 600.0, "SECONDS",
+        "how long a process waits for the others; longer than the first reading of a corpus takes",
+    )  # fmt: skip
+
+
+def add_core_flags(
+    group: argparse._ArgumentGroup,
+    memslots: int,
+    headsize: int,
+    numheads: int,
+    attmlplayers: int,
+    keysize: int,
+) -> None:
+    """Add the flags of the relational memory core, with these defaults."""
+    option(group, "--memslots", positive_int, memslots, "N", "rows of the memory matrix")
+    option(
+        group, "--headsize", positive_int, headsize, "UNITS",
+        "value size of an attention head; a memory row has heads x this many units",
+    )  # fmt: skip
+    option(group, "--numheads", positive_int, numheads, "N", "attention heads")
+    option(group, "--numblocks", layer_count, 1, "N", "attention blocks per time step")
+    option(group, "--forgetbias", finite_float, 1.0, "X", "fixed bias of the forget gate, before the sigmoid")
+    option(group, "--inputbias", finite_float, 0.0, "X", "fixed bias of the input gate, before the sigmoid")
+    option(
+        group, "--gatestyle", str.lower, "unit", None, "one gate per unit, one per memory row, or no gates",
+        choices=("unit", "memory", "none"),
+    )  # fmt: skip
+    option(group, "--attmlplayers", layer_count, attmlplayers, "N", "layers of the MLP after the attention")
+    option(
+        group, "--keysize", non_negative_int, keysize, "UNITS",
+        "query and key size of an attention head; 0 = the head size",
+    )  # fmt: skip
+
+
+def core_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the core's flags as arguments of RelationalMemory and of the models around it."""
+    return {
+        "mem_slots": args.memslots,
+        "head_size": args.headsize,
+        "num_heads": args.numheads,
+        "num_blocks": args.numblocks,
+        "forget_bias": args.forgetbias,
+        "input_bias": args.inputbias,
+        "gate_style": None if args.gatestyle == "none" else args.gatestyle,
+        "attention_mlp_layers": args.attmlplayers,
+        "key_size": args.keysize or None,
     }
-)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds the flags that have the same meaning in every training script. Returns their group."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=seed_int, default=1111, metavar="N", help="seed of all random numbers")
-    group.add_argument(
-        "--cuda", action="store_true", help="train on the GPU (all visible ones); without it on the CPU"
-    )
-    group.add_argument(
-        "--threads",
-        type=thread_count,
-        default=0,
-        metavar="N",
-        help="CPU threads that torch may use; 0 = its own choice",
-    )
-    group.add_argument(
-        "--log-interval",
-        "--log_interval",
-        type=positive_int,
-        default=100,
-        metavar="STEPS",
-        help="training steps between two log entries",
-    )
-    group.add_argument(
-        "--name", default=None, help="name of the run's folder (default: script, date and time)"
-    )
-    group.add_argument("--runs-folder", default="runs", metavar="FOLDER", help="where run folders are made")
-    group.add_argument(
-        "--save-every",
-        type=non_negative_float,
-        default=10.0,
-        metavar="MINUTES",
-        help="save last.pt this often too, besides after each epoch (if the task has any) and at the end; "
-        "0 = only then",
-    )
-    group.add_argument(
-        "--resume",
-        default=None,
-        metavar="RUN_FOLDER",
-        help="go on with an earlier run, exactly where its last.pt stands and with its arguments",
-    )
-    return group
+# ---- from the command line to arguments
 
 
-def add_precision_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags that trade exactness for speed, or the reverse."""
-    group.add_argument(
-        "--bf16",
-        action="store_true",
-        help="train with products in bfloat16; softmax, norms, memory and evaluation stay in float32, and so "
-        "do torch's fused recurrent layers on a GPU",
-    )
-    group.add_argument(
-        "--strict-float32",
-        action="store_true",
-        help="no TF32 in the products on a GPU (they are faster with it, and rounded to 10 bits)",
-    )
-    group.add_argument(
-        "--no-cuda-graph",
-        action="store_true",
-        help="launch a training step's operations one by one on a GPU, not as one CUDA graph",
-    )
-
-
-def parse_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, script: str, may_change: Sequence[str] = ()
+def parse(
+    parser: Parser,
+    script: str,
+    given: dict[str, Any],
+    recipes: Mapping[str, Mapping[str, Any]],
+    may_change: frozenset[str],
 ) -> argparse.Namespace:
-    """Parses the command line; with `--resume RUN_FOLDER` fills in the arguments of that run.
+    """Return a script's arguments: defaults, below a recipe or the run to resume, below the command line.
 
     Args:
         parser: has the flags of `add_run_flags`.
-        argv: command line without the program, None for the process's own.
-        script: name of the calling script, as recorded in args.json.
-        may_change: names, as in the namespace, that may differ too, besides RESUME_MAY_CHANGE.
+        script: name of the script, as in args.json.
+        given: the flags that the command line contains, by name.
+        recipes: named sets of flags, for --recipe.
+        may_change: flags that may differ from those of the run to resume, besides RESUME_MAY_CHANGE.
 
     Raises:
-        UserError: the folder cannot be resumed, or the command line contradicts its arguments.
+        UserError: the folder cannot be resumed, or flags contradict each other.
     """
-    plain = parser.parse_args(argv)
-    if plain.resume is None:
-        return plain
-    given = given_arguments(parser, argv)
-    folder = Path(plain.resume)
-    saved = _saved_arguments(folder, parser, script)
-    allowed = RESUME_MAY_CHANGE | set(may_change)
-    merged = {name: saved.get(name, default) for name, default in vars(plain).items() if name not in given}
-    for name, value in given.items():
-        if name not in allowed and value != saved.get(name, parser.get_default(name)):
-            flag = flag_of(parser, name)
-            raise UserError(
-                f"{flag} cannot change when a run is resumed: {folder} was started with "
-                f"{saved.get(name, parser.get_default(name))!r}, got {value!r}. Leave {flag} away, "
-                "or start a new run without --resume."
-            )
-        merged[name] = value
-    return argparse.Namespace(**merged)
+    if given.get("evaluate") is not None:
+        for other in ("resume", "recipe"):
+            if given.get(other) is not None:
+                raise UserError(f"--evaluate and --{other} cannot be combined. Omit one of them.")
+    if given.get("resume") is not None:
+        base = _saved_values(parser, script, Path(given["resume"]))
+        for name, value in given.items():
+            if name not in RESUME_MAY_CHANGE | may_change and value != base[name]:
+                flag = parser.flag(name)
+                raise UserError(
+                    f"{flag} cannot change when a run is resumed: {given['resume']} was started with "
+                    f"{base[name]!r}, got {value!r}. Omit {flag}, or start a new run without --resume."
+                )
+    else:
+        recipe = recipes[given["recipe"]] if given.get("recipe") else {}
+        if recipe:
+            in_force = {name: given.get(name, value) for name, value in recipe.items()}
+            print(f"recipe {given['recipe']}: {shlex.join(parser.as_typed(in_force))}")
+            changed = [parser.flag(name) for name in recipe if in_force[name] != recipe[name]]
+            if changed:
+                print(f"changed by the command line: {' '.join(changed)}")
+        base = parser.defaults() | recipe
+    return argparse.Namespace(**{**base, **given})
 
 
-def given_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """The arguments that the command line itself gives, by name, without the defaults."""
-    absent = object()  # argparse leaves an attribute that is there alone: what still holds this was not given
-    start = argparse.Namespace(**{action.dest: absent for action in parser._actions})
-    return {
-        name: value for name, value in vars(parser.parse_args(argv, start)).items() if value is not absent
-    }
+def _saved_values(parser: Parser, script: str, folder: Path) -> dict[str, Any]:
+    """Return the arguments of a run, after parsing them as the command line would be."""
+    saved = runs.saved_arguments(folder, script)
+    names = {action.dest for action in parser._actions}
+    # Files written by an older version may name flags that no longer exist, or lack new ones.
+    saved = {name: value for name, value in saved.items() if name in names}
+    try:
+        parsed = parser.given(parser.as_typed(saved))
+        for name, value in saved.items():
+            if value not in (None, False) and parsed.get(name) != value:
+                raise UserError(f"{parser.flag(name)} is {value!r}")
+    except (UserError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'args.json'} has an invalid value: {error} Restore the old value or start a new run."
+        ) from None
+    return parser.defaults() | saved
 
 
-def flag_of(parser: argparse.ArgumentParser, name: str) -> str:
-    """The flag, as typed, whose value has this name in the namespace."""
-    return next(action.option_strings[0] for action in parser._actions if action.dest == name)
-
-
-def warn_of_ignored(parser: argparse.ArgumentParser, given: Iterable[str], used: frozenset[str]) -> None:
-    """Warns of arguments, by name, that the command line gives to an --evaluate which looks at others."""
-    ignored = [flag_of(parser, name) for name in given if name not in used | {"evaluate"}]
+def warn_of_ignored(parser: Parser, given: Mapping[str, Any], used: frozenset[str]) -> None:
+    """Warn of flags that --evaluate does not use."""
+    ignored = [parser.flag(name) for name in given if name not in used | {"evaluate"}]
     if ignored:
-        warn(f"--evaluate ignores {', '.join(ignored)}: the model comes with its run.")
-
-
-def _saved_arguments(folder: Path, parser: argparse.ArgumentParser, script: str) -> dict[str, Any]:
-    """The arguments in a run folder's args.json, each checked as the command line would be."""
-    if not folder.is_dir():
-        raise UserError(
-            f"--resume needs the folder of an earlier run, got {folder}, which is "
-            f"{'a file' if folder.exists() else 'not there'}."
-        )
-    path = folder / "args.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        saved, started_by = dict(record["arguments"]), str(record["script"])
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is not a run folder: it has no args.json. "
-            "--resume needs a folder made by an earlier run."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}). Start a new run."
-        ) from None
-    if started_by != script:
-        raise UserError(
-            f"{folder} is a run of {started_by}.py, this is {script}.py. Use {started_by}.py for it."
-        )
-    for action in parser._actions:
-        if action.dest in saved and not _could_be_given(action, saved[action.dest]):
-            raise UserError(
-                f"{path} holds {saved[action.dest]!r} for {action.option_strings[0]}, no valid value. "
-                "Was it edited? Put the old value back or start a new run."
-            )
-    return saved
-
-
-def _could_be_given(action: argparse.Action, value: Any) -> bool:
-    """Whether a flag on the command line could have this value, or has it by default."""
-    if value is None:
-        return action.default is None
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    if action.nargs == "+":
-        return isinstance(value, list) and len(value) > 0 and all(_is_one(action, item) for item in value)
-    return _is_one(action, value)
-
-
-def _is_one(action: argparse.Action, value: Any) -> bool:
-    try:
-        parsed = action.type(str(value)) if action.type else str(value)
-    except (argparse.ArgumentTypeError, ValueError):
-        return False
-    return parsed == value and (action.choices is None or value in action.choices)
+        warn(f"--evaluate ignores {', '.join(ignored)}: the model's own arguments apply")

@@ -1,4 +1,10 @@
-"""Run folders: args.json, log.jsonl, locks."""
+"""Run folders: `runs/<name>/` with four files.
+
+args.json    arguments, command line, versions, hardware
+log.jsonl    one JSON object per event, appended during training; readable at any moment
+best.pt      the model with the best score so far
+last.pt      everything needed to resume exactly where the run stands
+"""
 
 from __future__ import annotations
 
@@ -9,17 +15,19 @@ import math
 import os
 import platform
 import re
+import secrets
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
-from training.console import UserError, warn
+from training.console import UserError, command, warn
 from training.files import atomic_write
 
 try:
@@ -27,16 +35,46 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-VERSION = "1.0"  # of this project, noted in every run and checkpoint
+VERSION = "2.0"  # of this project, noted in every run and checkpoint
+
+# ---- JSON files
 
 
-def create_run_folder(root: str | Path, name: str | None, script: str) -> Path:
-    """Makes a new folder for a run under `root` and returns it; never one that was there before.
+def read_json(path: str | Path) -> Any:
+    """Return the contents of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _encode_json(record: dict[str, Any], indent: int | None = None) -> bytes:
+    """Return JSON in UTF-8. Non-finite numbers become null, for which JSON has no other word."""
+    record = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
+    text = json.dumps(record, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    # File names that are not UTF-8 contain surrogates. Escaped like this they are valid JSON.
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+# ---- run folders
+
+
+def create_run_folder(root: str | Path, name: str | None, script: str, record: dict[str, Any]) -> Path:
+    """Create a new run folder with its args.json, at once, and return it.
 
     Args:
-        root: made when missing.
-        name: the folder's name, None for script, date and time, as in 'train_rmc-2026-11-22-131500'.
+        root: the folder of all runs; created if missing.
+        name: name of the folder; None for script, date and time, as in 'train_rmc-2026-11-22-131500'.
         script: name of the script without '.py'.
+        record: contents of args.json.
 
     Raises:
         UserError: the name is taken or not a plain name, or `root` cannot be written.
@@ -44,141 +82,103 @@ def create_run_folder(root: str | Path, name: str | None, script: str) -> Path:
     root = Path(root)
     if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise UserError(
-            f"--name must be at most 100 letters, digits, '-', '_' and '.', starting with a letter or digit, "
+            "--name must be at most 100 letters, digits, '-', '_' and '.', starting with a letter or digit, "
             f"got {name!r}."
         )
     base = name or f"{script}-{time.strftime('%Y-%m-%d-%H%M%S')}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, 1000):
-            folder = root / (base if attempt == 1 else f"{base}-{attempt}")
-            try:
-                folder.mkdir()  # atomic: of two runs started in the same second one gets it
-                return folder
-            except FileExistsError:
+        work = root / f".{base}-{secrets.token_hex(4)}.tmp"
+        work.mkdir()
+        try:
+            (work / "args.json").write_bytes(_encode_json(record, indent=2))
+            for attempt in range(1, 1000):
+                folder = root / (base if attempt == 1 else f"{base}-{attempt}")
+                try:
+                    if not folder.exists():  # renaming would replace an empty folder
+                        work.rename(folder)
+                        return folder
+                except OSError:
+                    if not folder.exists():  # else another run has taken the name meanwhile
+                        raise
                 if name is not None:
+                    resumable = (folder / "args.json").is_file()
                     advice = (
-                        f"or go on with that run: --resume {folder}"
-                        if (folder / "args.json").is_file()
-                        else "or remove that folder: it has no args.json, so there is no run to go on with."
+                        f", or resume that run: {command(script, '--resume', folder)}" if resumable else "."
                     )
-                    raise UserError(f"{folder} is there already. Choose another --name, {advice}") from None
+                    raise UserError(f"{folder} exists already. Choose another --name{advice}")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"cannot make a run folder in {root}: {error.strerror}. Give another --runs-folder."
+            f"cannot create a run folder in {root}: {error.strerror}. Choose another --runs-folder."
         ) from None
-    raise UserError(f"{root} has a thousand runs named {base}. Give a --name.")
+    raise UserError(f"{root} has a thousand runs named {base}. Choose a --name.")
 
 
-def discard_run_folder(folder: str | Path) -> None:
-    """Removes a run folder that came to nothing, unless there is more in it than a run writes."""
-    folder = Path(folder)
+def discard_run_folder(folder: Path) -> None:
+    """Remove the folder of a run that failed before its first checkpoint, unless other files are in it."""
     with contextlib.suppress(OSError):
-        for name in ("args.json", "log.jsonl", "best.pt", "last.pt", LOCK):
+        for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):
             (folder / name).unlink(missing_ok=True)
         remove_half_written(folder)
         folder.rmdir()
 
 
-def discard_unbegun_run_folder(folder: str | Path) -> None:
-    """Removes the folder of a run that was killed before a word was in it, unless somebody trains in it."""
-    folder = Path(folder)
-    with contextlib.suppress(OSError, UserError), locked(folder):
-        if not (folder / "args.json").exists():
-            remove_half_written(folder)
-            (folder / LOCK).unlink(missing_ok=True)
-            folder.rmdir()
-
-
 def remove_half_written(folder: Path) -> None:
-    """Removes what writes that were killed half-way have left."""
+    """Remove temporary files that a killed process has left."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
-# ---- one process per run folder
-
-LOCK = ".lock"
-
-
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keeps all other processes from training in a run folder, where the system has locks (not on Windows).
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a run folder, where the system has locks.
 
-    The system sets the lock free when the process ends, however it ends. The file that carries it is removed
-    at the end, and left by a kill, which hinders nobody.
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
-        UserError: another process has the lock.
+        UserError: another process trains in the folder.
     """
     if fcntl is None:
         yield
         return
-    path = Path(folder) / LOCK
-    file = _lock(path)
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield
-    finally:
-        if _is_at(file, path):  # else the folder has gone meanwhile, and another may be in its place
-            with contextlib.suppress(OSError):
-                path.unlink()
-        file.close()
-
-
-def _lock(path: Path) -> BinaryIO:
-    while True:
-        file = open(path, "ab+", buffering=0)  # noqa: SIM115 (open as long as the lock is held)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).decode("utf-8", errors="replace")
-            file.close()
             raise UserError(
-                f"{path.parent} is in training by another process{f' ({holder})' if holder else ''}. Wait "
-                "for its end or stop it (Ctrl-C, or kill with its number), then go on with --resume."
+                f"another process is training in {folder}. Wait until it ends, or stop it, then resume."
             ) from None
         except OSError as error:  # a file system without locks
-            warn(f"cannot lock {path} ({error.strerror}): see to it that nothing else trains in that folder")
-            return file
-        if _is_at(file, path):
-            with contextlib.suppress(OSError):  # a full disk is no reason to stop: only messages want it
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}".encode())
-            return file
-        file.close()  # its last holder removed the file between the two calls above
+            warn(f"cannot lock {folder} ({error.strerror}): make sure that no other process trains in it")
+        yield
+    finally:
+        os.close(handle)
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file is the one that has this name now."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except OSError:
-        return False
-
-
-def newest_run(root: str | Path, scripts: Sequence[str] | None = None) -> Path | None:
-    """The run folder under `root` whose best.pt was written last, of the given scripts' runs; or None."""
-    runs = [
-        path.parent
-        for path in Path(root).glob("*/best.pt")
-        if scripts is None or _script_of(path.parent) in scripts
-    ]
-    return max(runs, key=lambda folder: (folder / "best.pt").stat().st_mtime, default=None)
+def newest_run(root: str | Path, scripts: Sequence[str]) -> Path | None:
+    """Return the run folder of one of these scripts whose best.pt was written last, or None."""
+    folders = [path.parent for path in Path(root).glob("*/best.pt") if _script_of(path.parent) in scripts]
+    return max(folders, key=lambda folder: (folder / "best.pt").stat().st_mtime, default=None)
 
 
 def _script_of(folder: Path) -> str | None:
     try:
-        return json.loads((folder / "args.json").read_text(encoding="utf-8"))["script"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(folder / "args.json")["script"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def write_arguments(
-    folder: Path, script: str, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any
-) -> None:
-    """Writes args.json: arguments, command line, versions, hardware, and further `facts` of the run."""
-    record = {
+# ---- args.json
+
+
+def record_of(
+    script: str, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any
+) -> dict[str, Any]:
+    """Return the contents of args.json for a new run; `facts` are further entries."""
+    return {
         "script": script,
         "arguments": vars(args),
         "command_line": list(sys.argv[1:] if argv is None else argv),
@@ -186,13 +186,12 @@ def write_arguments(
         "environment": describe_environment(),
         **facts,
     }
-    _write_json(folder / "args.json", record)
 
 
 def note_resume(folder: Path, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any) -> None:
-    """Brings args.json up to date when a run goes on: its arguments as they are now; when, how, on what."""
+    """Update args.json when a run is resumed: present arguments; time, command line and environment."""
     remove_half_written(folder)
-    record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "args.json")
     record["arguments"] = {**vars(args), "resume": None}
     record.setdefault("resumed", []).append(
         {
@@ -202,21 +201,39 @@ def note_resume(folder: Path, args: argparse.Namespace, argv: Sequence[str] | No
             **facts,
         }
     )
-    _write_json(folder / "args.json", record)
+    atomic_write(folder / "args.json", lambda file: file.write(_encode_json(record, indent=2)))
 
 
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode("utf-8")))
+def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
+    """Return the arguments in a run folder's args.json.
+
+    Raises:
+        UserError: it is not a run folder of this script, or its args.json cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--resume requires the folder of an earlier run, got {folder}, which is "
+            f"{'a file' if folder.exists() else 'missing'}."
+        )
+    path = folder / "args.json"
+    try:
+        record = read_json(path)
+        saved, started_by = dict(record["arguments"]), str(record["script"])
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a run folder: it has no args.json. --resume requires a folder that an earlier "
+            "run has created."
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Start a new run.") from None
+    if started_by != script:
+        raise UserError(f"{folder} is a run of {started_by}.py, this is {script}.py. Use {started_by}.py.")
+    return saved
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions and hardware, for the record of a run."""
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
+    """Return versions and hardware, for the record of a run."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "project": VERSION,
         "commit": _git_commit(),
@@ -227,7 +244,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(count)],
         "cuda": torch.version.cuda,
     }
 
@@ -241,67 +258,46 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+        return subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
-# ---- log
+# ---- log.jsonl
 
 
 class RunLog:
-    """Appends events to a log file, one JSON object per line, each line flushed as it is written."""
+    """Appends events to a log file, one JSON object per line."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # A run that was killed may have left half a line; end it, so that it spoils only itself.
+        # A killed run may have left half a line. End it, so that it spoils only itself.
         with open(self.path, "ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
 
     def write(self, event: str, **fields: Any) -> None:
-        """Appends one event. Non-finite numbers become null, for which JSON has no word.
-
-        A failed write only warns: no log line is worth a run.
-        """
-        line = json.dumps(
-            {"event": event, **{key: _finite_or_none(value) for key, value in fields.items()}},
-            ensure_ascii=False,
-            allow_nan=False,
-        )
+        """Append one event. A failed write triggers a warning and does not stop the run."""
+        line = _encode_json({"event": event, **fields})
         try:
-            with open(
-                self.path, "ab"
-            ) as file:  # opened anew each time: a log moved or a disk remounted is no end
-                file.write(line.encode("utf-8") + b"\n")
+            with open(self.path, "ab") as file:  # opened each time, in case the log was moved
+                file.write(line)
         except OSError as error:
-            warn(f"could not write to {self.path}: {error.strerror}; training goes on")
-
-
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            warn(f"could not write to {self.path}: {error.strerror}; training continues")
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The events of a log, in order, each once.
+    """Return the events of a log, in order, each once.
 
-    A half-written line is skipped. An event {"event": "resume", "step": s} takes back what was logged after
-    step s: the run went on from there and logged those steps again. Of two events of one kind at one step the
-    later counts, in the place of the earlier: a run killed between logging and saving logs that step again.
+    Half-written lines are skipped. An event {"event": "resume", "step": s} cancels what was logged after step
+    s, because the run repeated those steps. Of two events of one kind at one step, the later one counts, in
+    the place of the earlier one: a run killed between logging and saving logs that step again.
     """
-    events: dict[
-        tuple[Any, Any], dict[str, Any]
-    ] = {}  # by kind and step; a dict keeps the place of a replaced key
+    events: dict[tuple[Any, Any], dict[str, Any]] = {}  # by kind and step
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:

@@ -1,29 +1,88 @@
-"""Learning-rate schedules."""
+"""The learning rate: warm-up, constant, cosine or plateau schedule, and factors of parameter groups."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from training.console import warn
+import torch
+
+# More than PATIENCE epochs in a row without a better validation loss halve the plateau's learning rate.
+PATIENCE = 5
+LR_FACTOR = 0.5
 
 
-def scheduled_lr(lr: float, step: int, steps: int, warmup: int = 0, cosine: bool = False) -> float:
-    """The learning rate of a step, the first being 1: linear warm-up, then constant or a cosine to 0.
+class LearningRate:
+    """Sets an optimiser's learning rate before every step.
 
-    It depends on nothing but the step, so a resumed run has nothing to restore.
+    Args:
+        lr: the highest learning rate.
+        schedule: 'constant', 'cosine' (to 0 at the last step) or 'plateau' (see `end_epoch`).
+        warmup: steps in which it grows linearly from 0.
+        total_steps: length of the run, for the cosine.
+        optimizer: its groups' learning rates are set.
+        factors: what each group's learning rate is multiplied by.
+        device: on a CUDA device the learning rates are tensors that stay in place, because a captured step
+            reads them at each replay.
+
+    Except for the plateau it depends on the step alone, so that a resumed run needs no state.
     """
-    if step <= warmup:
-        return lr * step / warmup
-    if not cosine:
-        return lr
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def __init__(
+        self,
+        lr: float,
+        schedule: str,
+        warmup: int,
+        total_steps: int,
+        optimizer: torch.optim.Optimizer,
+        factors: list[float],
+        device: torch.device,
+    ) -> None:
+        self.lr, self.schedule, self.warmup, self.total_steps = lr, schedule, warmup, total_steps
+        self.optimizer, self.factors = optimizer, factors
+        on_gpu = device.type == "cuda"
+        self.tensors = [torch.tensor(lr, device=device) for _ in factors] if on_gpu else None
+        self.plateau_factor, self.best_loss, self.bad_epochs = 1.0, math.inf, 0
+        self.current = self.at(1)
 
-def warn_of_long_warmup(warmup: int, steps: int) -> None:
-    """Warns of a warm-up that the run is too short for."""
-    if warmup >= steps:
-        warn(
-            f"--warmup {warmup:,} is no shorter than the run, {steps:,} steps: the learning rate will not "
-            "reach --lr. Give a smaller --warmup or train longer."
-        )
+    def at(self, step: int) -> float:
+        """Return the learning rate of a step; the first step is 1."""
+        lr = self.lr * self.plateau_factor
+        if step <= self.warmup:
+            return lr * step / self.warmup
+        if self.schedule != "cosine":
+            return lr
+        progress = min(1.0, (step - self.warmup) / max(1, self.total_steps - self.warmup))
+        return lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def set(self, step: int, scale: float = 1.0) -> None:
+        """Set the optimiser's learning rate for a step; `scale` applies to this step alone."""
+        self.current = self.at(step)
+        for index, group in enumerate(self.optimizer.param_groups):
+            lr = self.current * scale * self.factors[index]
+            group["lr"] = lr if self.tensors is None else self.tensors[index].fill_(lr)
+
+    def end_epoch(self, valid_loss: float) -> None:
+        """Halve the plateau's learning rate after more than PATIENCE epochs without a lower loss."""
+        if self.schedule != "plateau":
+            return
+        if valid_loss < self.best_loss:
+            self.best_loss, self.bad_epochs = valid_loss, 0
+        else:
+            self.bad_epochs += 1
+        if self.bad_epochs > PATIENCE:
+            self.plateau_factor *= LR_FACTOR
+            self.bad_epochs = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plateau's state as plain data."""
+        names = ("plateau_factor", "best_loss", "bad_epochs")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Restore what `state_dict` returned, after `step` steps and after the optimiser was restored."""
+        self.plateau_factor, self.best_loss = float(state["plateau_factor"]), float(state["best_loss"])
+        self.bad_epochs = int(state["bad_epochs"])
+        for group in self.optimizer.param_groups:  # the checkpoint may come from another kind of device
+            group["capturable"] = self.tensors is not None
+        self.set(max(step, 1))

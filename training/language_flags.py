@@ -1,0 +1,187 @@
+"""The flags that both language models share, and the common part of their recipes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from layers.softmax import choose_cutoffs
+from training import flags
+from training.console import UserError
+from training.flags import option, switch
+from training.schedule import PATIENCE
+
+
+def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
+    """Add the flags that do not depend on the model, and those of every training script."""
+    parser.add_argument(
+        "--recipe", choices=sorted(recipes), help="set several flags; flags on the command line override it"
+    )
+    # fmt: off
+    data = parser.add_argument_group("data")
+    option(data, "--data", None, "./data/wikitext-2", "FOLDER",
+           "folder, or subfolder of data/, with train.txt, valid.txt and test.txt")
+    option(data, "--vocab-from", None, "all", None,
+           "build the vocabulary from all three texts, or from train.txt alone with <unk> for other words",
+           choices=("all", "train"))
+    softmax = parser.add_argument_group("softmax")
+    switch(softmax, "--adaptivesoftmax",
+           "adaptive softmax: much less work and memory for a large vocabulary, slightly worse")
+    option(softmax, "--cutoffs", flags.positive_int, None, "WORDS",
+           "vocabulary sizes at which adaptive softmax starts a new cluster, increasing (default: chosen to "
+           "fit the vocabulary)", nargs="+")
+    training = parser.add_argument_group("training")
+    option(training, "--lr", flags.positive_float, 0.001, "X", "highest learning rate of Adam")
+    option(training, "--embedding-lr", flags.positive_float, None, "X",
+           "learning rate of the embedding's matrix (and of the softmax, if tied), in constant ratio to --lr "
+           "(default: --lr)")
+    option(training, "--schedule", None, "plateau", None,
+           f"plateau: halve the learning rate after more than {PATIENCE} epochs without a better validation "
+           "loss; cosine: lower it step by step, to 0 at the end of the last epoch",
+           choices=("plateau", "cosine"))
+    option(training, "--warmup", flags.non_negative_int, 0, "STEPS",
+           "steps in which the learning rate grows from 0")
+    option(training, "--clip", flags.non_negative_float, 0.1, "NORM",
+           "largest L2 norm of the gradient; 0 = no clipping")
+    option(training, "--weight-decay", flags.non_negative_float, 0.0, "X",
+           "decoupled weight decay of the matrices (AdamW, arXiv:1711.05101): each step subtracts learning "
+           "rate x this x weight")
+    option(training, "--ar", flags.non_negative_float, 0.0, "X",
+           "activation regularisation: adds this times the mean square of the output after dropout to the "
+           "loss that is minimised (arXiv:1708.01009)")
+    option(training, "--tar", flags.non_negative_float, 0.0, "X",
+           "temporal activation regularisation (same paper): the same for differences between successive "
+           "outputs of the recurrent part")
+    option(training, "--average", None, "none", None,
+           "average the weights too, and evaluate and save the average where it is better. ema: exponential "
+           "moving average; nt-asgd: plain mean from when validation stalls (arXiv:1708.02182, here of "
+           "Adam's steps)", choices=("none", "ema", "nt-asgd"))
+    option(training, "--average-decay", flags.fraction, 0.999, "X",
+           "ema: share of the average that a step keeps")
+    option(training, "--average-trigger", flags.positive_int, 5, "EPOCHS",
+           "nt-asgd: start when the validation loss exceeds the best one of more than this many epochs ago")
+    option(training, "--epochs", flags.positive_int, 100, "N",
+           "passes over the training text; can be changed with --resume")
+    option(training, "--batch-size", flags.positive_int, 64, "N",
+           "columns that the training text is divided into, read side by side")
+    option(training, "--bptt", flags.positive_int, 100, "TOKENS",
+           "tokens of a column in one step, through which gradients flow back")
+    option(training, "--random-bptt", flags.non_negative_float, None, "DEVIATION",
+           "windows of random length: normally distributed around --bptt, one in twenty around half of it, "
+           "with this standard deviation (5 if omitted); a step's learning rate is scaled by its length "
+           "(arXiv:1708.02182). Only windows of exactly --bptt tokens run as CUDA graphs",
+           nargs="?", const=5.0)
+    option(training, "--eval-batch-size", flags.positive_int, 32, "N",
+           "columns in evaluation; 1 scores a split as one stream; with --evaluate, default: as in the run")
+    option(training, "--evaluate", None, None, "CHECKPOINT_OR_RUN",
+           "only score a checkpoint, or the best model of a run folder, on valid and test; another text "
+           "requires --data and a run with --vocab-from train")
+    # fmt: on
+    flags.add_run_flags(parser)
+
+
+def add_dropout_flags(
+    group: argparse._ArgumentGroup, recurrent_matrices: str, candidate: str, between_layers: bool = False
+) -> None:
+    """Add --dropout, the flags that override it in one place, and further kinds of dropout.
+
+    `recurrent_matrices` and `candidate` name in the help what weight drop and recurrent dropout act on.
+    """
+
+    # fmt: off
+    def probability(flag: str, default: float | None, text: str) -> None:
+        option(group, flag, flags.fraction, default, "P", text)
+
+    probability("--dropout", 0.5, "dropout probability, where the flags below do not override it")
+    probability("--dropout-input", None, "dropout of the embedded input (default: --dropout)")
+    if between_layers:
+        probability("--dropout-hidden", None, "dropout between the layers (default: --dropout)")
+    probability("--dropout-output", None, "dropout of the output before the softmax (default: --dropout)")
+    group.add_argument(
+        "--locked-dropout", action=argparse.BooleanOptionalAction, default=False,
+        help="one mask for all steps of a window in the places above (variational dropout, arXiv:1512.05287)")
+    probability("--dropout-words", 0.0,
+                "probability of dropping a word of the vocabulary from a whole window's input (same paper)")
+    probability("--dropout-weights", 0.0,
+                f"weight drop of {recurrent_matrices}, one mask per window (arXiv:1708.02182)")
+    probability("--dropout-candidate", 0.0,
+                f"recurrent dropout of {candidate}, one mask per window (place: arXiv:1603.05118)")
+    # fmt: on
+
+
+def dropouts(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the dropout flags as arguments of the models."""
+    names = [name for name in ("dropout_input", "dropout_hidden", "dropout_output") if hasattr(args, name)]
+    places = {name: args.dropout if getattr(args, name) is None else getattr(args, name) for name in names}
+    rest = ("locked_dropout", "dropout_words", "dropout_weights", "dropout_candidate")
+    return {**places, **{name: getattr(args, name) for name in rest}}
+
+
+def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | None:
+    """Return the cutoffs of the adaptive softmax, or None for the full softmax."""
+    if not args.adaptivesoftmax:
+        if args.cutoffs:
+            raise UserError("--cutoffs requires --adaptivesoftmax. Add it, or omit --cutoffs.")
+        return None
+    fitting = choose_cutoffs(vocab_size)
+    if args.cutoffs is None:
+        print(f"adaptive softmax: cutoffs {' '.join(map(str, fitting))}, chosen for {vocab_size:,} words")
+        return fitting
+    if sorted(set(args.cutoffs)) != args.cutoffs or args.cutoffs[-1] >= vocab_size:
+        raise UserError(
+            f"cutoffs must be increasing and below the vocabulary size {vocab_size:,}, got {args.cutoffs}. "
+            f"Try --cutoffs {' '.join(map(str, fitting))}."
+        )
+    return args.cutoffs
+
+
+# ---- recipes
+
+# What the recipes of both models for data/tiny have in common.
+TINY = {
+    "data": "tiny",
+    "dropout": 0.1,
+    "schedule": "cosine",
+    "clip": 1.0,
+    "batch_size": 32,
+    "bptt": 32,
+    "epochs": 11,
+    # With 32 columns so short a split would lose too much context.
+    "eval_batch_size": 4,
+}
+
+# What the recommended recipes for WikiText-2 have in common: a few epochs of many small steps, little
+# dropout, and an average of the weights. Sizes and learning rates are those of the best runs in
+# results/wikitext2_cpu (seven epochs of the RMC, three of the LSTM, with --bf16).
+WIKITEXT2 = {
+    "dropout": 0.3,
+    "batch_size": 32,
+    "bptt": 35,
+    "clip": 0.25,
+    "average": "ema",
+    "average_decay": 0.999,
+    "epochs": 7,
+}
+
+# For long runs: all parts of the AWD-LSTM, with Adam, a cosine and a moving average in place of SGD and
+# NT-ASGD, and less dropout of input and weights, because the models are a third of its size. Chosen by hand,
+# not measured.
+WIKITEXT2_REGULARISED = {
+    "locked_dropout": True,
+    "dropout_input": 0.4,
+    "dropout_output": 0.4,
+    "dropout_words": 0.1,
+    "dropout_weights": 0.4,
+    "tar": 1.0,
+    "weight_decay": 0.03,
+    "lr": 0.002,
+    "schedule": "cosine",
+    "warmup": 500,
+    "clip": 0.25,
+    "batch_size": 40,
+    "bptt": 70,
+    "epochs": 100,
+    "average": "ema",
+    "average_decay": 0.9995,
+}

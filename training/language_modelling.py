@@ -1,0 +1,509 @@
+"""Word-level language modelling: the task of train_rmc.py and train_rnn.py, and its evaluation.
+
+Everything here is the same for both scripts, so that their numbers can be compared. Losses are in nats per
+token (natural logarithm), averaged over tokens; perplexity is e to that power.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
+from layers.language_model import LanguageModel, perplexity
+from layers.regularisation import WeightAverage, parameter_groups, window_stops
+from relational_rnn_models import RelationalMemoryLM
+from rnn_models import RNNLM
+from training import checkpoints, devices, distributed, flags, runs
+from training.console import Interrupts, Progress, UserError, say, warn
+from training.distributed import ALONE, Processes
+from training.language_flags import choose_softmax
+from training.trainer import Interrupted, Script, Task, Trainer
+
+MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
+SCRIPTS = ("train_rmc", "train_rnn")
+FEW_STEPS = 20  # an epoch of fewer triggers a warning
+USED_BY_EVALUATE = frozenset({
+    "bptt", "collective_timeout", "cuda", "data", "eval_batch_size", "strict_float32", "threads"
+})  # fmt: skip
+LOWER_MEMORY = "--batch-size or --bptt, use --adaptivesoftmax, or raise --accumulate"
+
+# ---- evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel,
+    ids: Tensor,
+    batch_size: int,
+    bptt: int,
+    device: torch.device | str,
+    interrupts: Interrupts | None = None,
+    label: str = "evaluating",
+    processes: Processes = ALONE,
+) -> float:
+    """Return the mean loss of a split in nats per token, with each of its N - 1 targets scored once.
+
+    Args:
+        model: is put into eval mode, and afterwards back into its mode.
+        ids: the split, (N,).
+        batch_size: columns that the split is divided into. Each starts from the initial state and carries its
+            state to its end: fewer columns lose less context, and 1 scores the split as one stream.
+        bptt: tokens of a column per step; changes speed and memory, not the result.
+        interrupts: read between windows.
+        processes: share the columns; each of them gets the loss of the whole split.
+
+    Raises:
+        UserError: the split has fewer targets than columns.
+        Interrupted: `interrupts` has been asked to stop.
+    """
+    columns = TokenColumns(ids, batch_size, device)
+    mine = processes.share(batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        total = torch.zeros((), dtype=torch.float64, device=device)  # read once: reading makes a GPU wait
+        state = model.initial_state(mine.stop - mine.start)
+        with Progress(-(-columns.length // bptt), label, quiet=True) as progress:
+            for tokens, targets in columns.windows(bptt):
+                if len(state):  # with more processes than columns, some have none
+                    nats, state = model(tokens[mine], targets[mine], state)
+                    total += nats.sum()
+                progress.advance()
+                if interrupts is not None and processes.agree(interrupts)[0]:
+                    raise Interrupted
+        return processes.add_up(total).item() / columns.num_pairs
+    finally:
+        model.train(was_training)
+
+
+def load_model(
+    checkpoint: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> tuple[LanguageModel, Vocabulary]:
+    """Rebuild the model of a checkpoint (best.pt or last.pt, of either script), in eval mode.
+
+    Raises:
+        UserError: the checkpoint is not a language model's, or its parts do not fit together.
+    """
+    model = checkpoints.rebuild_model(checkpoint, MODELS)
+    try:
+        vocabulary = Vocabulary(checkpoint["words"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError("the checkpoint has no valid list of words. Use another one.") from None
+    if len(vocabulary) != model.vocab_size:
+        raise UserError(
+            f"the checkpoint's model is for {model.vocab_size:,} words, its vocabulary has "
+            f"{len(vocabulary):,}. It may have been altered. Use another one."
+        )
+    return model.to(device), vocabulary
+
+
+def find_checkpoint(given: str | Path) -> Path:
+    """Return the checkpoint that a path means: the file, or best.pt of a run folder."""
+    path = Path(given)
+    if not path.is_dir():
+        return path
+    if not (path / "best.pt").is_file():
+        raise UserError(f"no best.pt in {path}. Name a run folder with a finished epoch, or a checkpoint.")
+    return path / "best.pt"
+
+
+# ---- the task
+
+
+@dataclass
+class Reading:
+    """Where a run stands in its text."""
+
+    epoch: int = 1  # the present one, from 1
+    place: int = 0  # places of the columns that this epoch has trained on
+    epoch_nats: float = 0.0  # summed losses of this epoch, up to the last report
+    epoch_tokens: int = 0  # targets of this epoch, up to the last report
+    best_epoch: int = 0
+
+
+class LanguageModelling(Task):
+    """Training of a language model on windows of a text, epoch by epoch.
+
+    Args:
+        model: on `device`.
+        corpus: the text.
+        args: the flags of `language_flags.add_flags`.
+        kind: key of MODELS.
+        device: where to compute.
+        processes: divide the batch's columns, in order.
+    """
+
+    sums = ("nats",)
+    score_name = "valid_loss"
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        args: argparse.Namespace,
+        kind: str,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.model, self.corpus, self.args, self.kind, self.device = model, corpus, args, kind, device
+        for name in ("valid", "test"):  # too short for the batch: fail now, not after the first epoch
+            with split_named(name, "--eval-batch-size"):
+                TokenColumns(getattr(corpus, name), args.eval_batch_size)
+        with split_named("train", "--batch-size"):
+            self.columns = TokenColumns(corpus.train, args.batch_size, device)
+        self.mine = processes.share(args.batch_size)
+        self.examples = self.mine.stop - self.mine.start
+        self.full_count = args.batch_size * args.bptt
+        self.state = model.initial_state(self.examples)  # stays in place, as a captured step requires
+        self.position = Reading()
+        decay = args.average_decay if args.average == "ema" else None
+        if args.average != "none":
+            self.average = WeightAverage(model, decay, args.average_trigger)
+        self.penalties = {"penalties": (args.ar, args.tar)} if args.ar or args.tar else {}
+        self.total_steps = args.epochs * len(self.window_stops(1))
+        if args.random_bptt is not None and args.schedule == "cosine":
+            self.total_steps = sum(len(self.window_stops(1 + epoch)) for epoch in range(args.epochs))
+        self.fingerprint = corpus.fingerprint()
+        processes.check_same("the text", self.fingerprint)
+        self.warn_of_short_epochs()
+
+    def facts(self) -> dict[str, Any]:
+        corpus = self.corpus
+        sizes = {name: len(getattr(corpus, name)) for name in ("train", "valid", "test")}
+        words = len(corpus.vocabulary)
+        return {"corpus": {"folder": str(corpus.folder), "words": words, **sizes, "sha256": self.fingerprint}}
+
+    def describe(self, model: LanguageModel) -> dict[str, Any]:
+        return describe_model(self.kind, model, self.corpus.vocabulary)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"corpus": self.fingerprint}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        if saved["corpus"] != self.fingerprint:
+            raise UserError(
+                f"the text in {self.corpus.folder} is not the one that this run was started on (other words "
+                "or another order). Name the folder of that text with --data, or start a new run."
+            )
+
+    # -- batches
+
+    def window_stops(self, epoch: int) -> list[int]:
+        """Return where the windows of an epoch end."""
+        args = self.args
+        return window_stops(self.columns.length, args.bptt, args.random_bptt, args.seed, epoch)
+
+    def finished(self, step: int) -> bool:
+        return self.position.epoch > self.args.epochs
+
+    def span(self, step: int) -> tuple[str, int, int]:
+        if self.position.place == 0:
+            self.state.copy_(self.model.initial_state(self.examples))
+        self.stops = self.window_stops(self.position.epoch)
+        done = bisect.bisect_right(self.stops, self.position.place)
+        return f"epoch {self.position.epoch}", len(self.stops), done
+
+    def span_is_over(self, step: int) -> bool:
+        return self.position.place >= self.columns.length
+
+    def next_batch(self) -> tuple[tuple[Tensor, ...], int, float]:
+        start = self.position.place
+        stop = self.stops[bisect.bisect_right(self.stops, start)]
+        tokens, targets = self.columns.window(start, stop)
+        self.position.place = stop
+        count = self.targets_before(stop) - self.targets_before(start)
+        scale = 1.0 if self.args.random_bptt is None else (stop - start) / self.args.bptt
+        return (tokens[self.mine], targets[self.mine]), count, scale
+
+    def targets_before(self, place: int) -> int:
+        """Return the number of targets before a place of the columns, without reading the tensors."""
+        return min(place * self.args.batch_size, self.columns.num_pairs)
+
+    def losses(
+        self, model: LanguageModel, state: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        nats, after, *penalty = model(*inputs, state, **self.penalties)
+        total = nats.sum()  # one number per replica
+        return total + penalty[0].sum() if penalty else total, total.reshape(1), after
+
+    # -- reports and scores
+
+    def log_fields(self) -> dict[str, Any]:
+        return {"epoch": min(self.position.epoch, self.args.epochs)}
+
+    def report(self, trainer: Trainer, totals: dict[str, float], elapsed: float) -> tuple[dict, str, str]:
+        at, steps = trainer.at, max(trainer.timed_steps, 1)
+        loss = totals["nats"] / at.interval_count
+        self.position.epoch_nats += totals["nats"]
+        self.position.epoch_tokens += at.interval_count
+        # On a GPU the host does not wait for the end of the forward pass.
+        forward = 1000 * trainer.forward_seconds / steps if self.device.type == "cpu" else None
+        fields = {
+            "loss": loss,
+            "ppl": perplexity(loss),
+            "ms_per_batch": 1000 * elapsed / steps,
+            "forward_ms_per_batch": forward,
+            "tokens_per_second": trainer.timed_count / elapsed,
+        }
+        short = f"loss {loss:.4f}, ppl {perplexity(loss):.2f}, {fields['tokens_per_second']:,.0f} tokens/s"
+        ms = f"{fields['ms_per_batch']:.1f} ms/batch{'' if forward is None else f', forward {forward:.1f}'}"
+        return fields, short, f"{short.replace(', ', ' | ')} | {ms} | lr {trainer.lr.current:g}"
+
+    def end_span(self, trainer: Trainer) -> None:
+        """End an epoch: validation loss, learning rate, best.pt."""
+        here = self.position
+        loss = self.evaluate(trainer, "valid", self.model, trainer.interrupts)
+        if perplexity(loss) == float("inf"):
+            trainer.diverged(f"validation loss is {loss:.4g} nats")
+        train_loss = here.epoch_nats / max(here.epoch_tokens, 1)
+        best, best_model, averaged = loss, self.model, {}
+        if self.average is not None and self.average.steps:
+            average_loss = self.evaluate(trainer, "valid", self.average.model, trainer.interrupts)
+            averaged = {"average_loss": average_loss, "average_ppl": perplexity(average_loss)}
+            if average_loss < loss:
+                best, best_model = average_loss, self.average.model
+        trainer.update_clock()
+        trainer.write(
+            "valid",
+            loss=loss,
+            ppl=perplexity(loss),
+            **averaged,
+            train_loss=train_loss,
+            train_ppl=perplexity(train_loss),
+        )
+        trainer.lr.end_epoch(loss)
+        if self.average is not None:
+            self.average.watch(loss)
+        better = trainer.offer_best(best, best_model)
+        if better:
+            here.best_epoch = here.epoch
+        marks = {id(best_model): " (best)"} if better else {}
+        line = f"valid {loss_text(loss)}{marks.get(id(self.model), '')}"
+        if averaged:
+            line += f", averaged {averaged['average_ppl']:.2f}{marks.get(id(self.average.model), '')}"
+        say(
+            f"epoch {here.epoch}: train ppl {perplexity(train_loss):.2f} | {line} | "
+            f"{trainer.at.seconds:.0f} s"
+        )
+        here.epoch += 1
+        here.place = here.epoch_tokens = 0
+        here.epoch_nats = 0.0
+
+    def evaluate(
+        self, trainer: Trainer, split: str, model: LanguageModel, interrupts: Interrupts | None = None
+    ) -> float:
+        """Return the mean loss of a split in nats per token."""
+        args, ids = self.args, getattr(self.corpus, split)
+        columns, processes = args.eval_batch_size, trainer.processes
+        return evaluate(model, ids, columns, args.bptt, self.device, interrupts, split, processes)
+
+    def finish(self, trainer: Trainer, event: str) -> None:
+        """Test the best model, and show the best possible perplexity where it is known."""
+        best = trainer.processes.from_main(trainer.load_best)
+        model, _ = load_model(best, self.device)
+        loss = self.evaluate(trainer, "test", model)
+        valid = trainer.at.best_score
+        trainer.write(
+            event,
+            loss=loss,
+            ppl=perplexity(loss),
+            best_epoch=best["scores"]["epoch"],
+            valid_loss=valid,
+            valid_ppl=perplexity(valid),
+        )
+        limit = best_possible(self.corpus.folder, "test")
+        say(
+            f"best model (epoch {best['scores']['epoch']}): valid {loss_text(valid)} | "
+            f"test {loss_text(loss)}{limit}"
+        )
+
+    def stopped(self, trainer: Trainer) -> None:
+        """After Ctrl-C, test the best model. A scheduler that sends another signal gives no time for it."""
+        if trainer.interrupts.requested != "SIGINT" or not trainer.processes.alone:
+            return
+        if trainer.at.best_step:
+            self.finish(trainer, "interrupt")
+        else:
+            say("no epoch is finished, so there is no best model to test yet")
+
+    def lower_advice(self) -> str:
+        args = self.args
+        own = "" if args.embedding_lr is None else f", --embedding-lr {args.embedding_lr:g}"
+        return f"a lower --lr (it was {args.lr:g}{own}) or a lower --clip"
+
+    def warn_of_short_epochs(self) -> None:
+        """Warn of a text that batch and window are too large for: learning takes many steps."""
+        args, steps, targets = self.args, len(self.window_stops(1)), self.columns.num_pairs
+        if steps >= FEW_STEPS:
+            return
+        fitting = (targets - 1) // ((FEW_STEPS - 1) * args.bptt)
+        lower = f"Lower --batch-size to {fitting} or less" if fitting else "Lower --batch-size and --bptt"
+        warn(
+            f"the training text has {targets + 1:,} tokens: with --batch-size {args.batch_size} and --bptt "
+            f"{args.bptt} an epoch has {steps} step{'s' * (steps > 1)}, and learning takes many. {lower}, or "
+            "raise --epochs."
+        )
+
+
+def describe_model(kind: str, model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return what rebuilds a model without any flag, as plain data."""
+    return {"kind": kind, "config": model.config, "model": model.state_dict(), "words": vocabulary.words}
+
+
+@contextlib.contextmanager
+def split_named(name: str, flag: str) -> Iterator[None]:
+    """Add the split's name and the flag to a UserError from the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}.txt and {flag} do not fit: {error}") from None
+
+
+@contextlib.contextmanager
+def text_may_have_moved(named_by_run: object) -> Iterator[None]:
+    """Add what to do to a UserError from the block, if the run named the text."""
+    try:
+        yield
+    except UserError as error:
+        if not named_by_run:
+            raise
+        raise UserError(f"{error} If the text has moved, name its new place with --data.") from None
+
+
+def loss_text(loss: float) -> str:
+    """Return a loss and its perplexity as text."""
+    return f"loss {loss:.4f}, ppl {perplexity(loss):.2f}"
+
+
+def best_possible(folder: Path, split: str) -> str:
+    """Return ' (best possible: ...)' if the corpus has an entropy.json, as data/tiny has; else ''."""
+    try:
+        return f" (best possible: {float(runs.read_json(folder / 'entropy.json')[split]['perplexity']):.2f})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+# ---- the scripts
+
+
+def script(
+    name: str,
+    kind: str,
+    parser: flags.Parser,
+    build_model: Callable[[argparse.Namespace, int, list[int] | None], LanguageModel],
+    recipes: Mapping[str, Mapping[str, Any]],
+) -> Script:
+    """Return a language model's training script.
+
+    Args:
+        name: without '.py'.
+        kind: key of MODELS.
+        parser: has `language_flags.add_flags` and the model's own flags.
+        build_model: makes the model from arguments, vocabulary size and cutoffs (None: full softmax). A
+            ValueError becomes the user's error message.
+        recipes: what `--recipe` may name.
+    """
+
+    def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
+        with processes.one_per_host_first(), text_may_have_moved(args.resume):
+            corpus = load_corpus(args.data, args.vocab_from)
+        words = len(corpus.vocabulary)
+        print(
+            f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
+            f"tokens (train / valid / test), {words:,} words"
+        )
+        cutoffs = choose_softmax(args, words)
+        try:
+            make = functools.partial(build_model, args, words, cutoffs)
+            devices.check_model_fits(make, device)
+            model = make().to(device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        size = sum(parameter.numel() for parameter in model.parameters())
+        rows = args.batch_size * args.bptt // processes.world_size
+        args.threads = devices.choose_threads(
+            args.threads, size * rows, device, distributed.processes_on_this_host()
+        )
+        task = LanguageModelling(model, corpus, args, kind, device, processes)
+        return Trainer(task, args, device, processes, *optimizer_of(model, args))
+
+    return Script(
+        name, parser, build, functools.partial(score, parser), recipes, frozenset({"epochs", "data"})
+    )
+
+
+def optimizer_of(
+    model: LanguageModel, args: argparse.Namespace
+) -> tuple[Callable[..., torch.optim.Optimizer], list[float]]:
+    """Return the optimiser's constructor, and the factors on the learning rate of its groups."""
+    adam = torch.optim.AdamW if args.weight_decay else torch.optim.Adam
+    apart = () if args.embedding_lr is None else (model.embedding.weight,)
+    if not (args.weight_decay or apart):
+        return functools.partial(adam, model.parameters()), [1.0]
+    groups = parameter_groups(model, args.weight_decay, apart)
+    factors = [1.0] * len(groups)
+    if apart:
+        factors[-1] = args.embedding_lr / args.lr
+    return functools.partial(adam, groups), factors
+
+
+def score(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
+    """Score a checkpoint on valid and test: the --evaluate of both scripts, for the models of either one.
+
+    Text and columns are those of its run, unless the command line names others.
+    """
+    flags.warn_of_ignored(parser, given, USED_BY_EVALUATE)
+    path = find_checkpoint(args.evaluate)
+    device, processes = distributed.start(args)
+    checkpoint = checkpoints.load_checkpoint(path)
+    model, vocabulary = load_model(checkpoint, device)
+    saved = checkpoint.get("args")
+    saved = saved if isinstance(saved, dict) else {}
+    if "data" not in given:
+        # The file names the folder to read, and to write a cache into: only for a run of one's own.
+        home = path.resolve().parent.parent
+        if home != Path(str(saved.get("runs_folder", ""))).resolve():
+            raise UserError(
+                f"{path} is not in the runs folder that it was written to, so its text is not "
+                "certain. Name the folder of the text with --data."
+            )
+        args.data = str(saved.get("data", args.data))
+    vocab_from = saved.get("vocab_from") if saved.get("vocab_from") in ("all", "train") else args.vocab_from
+    with processes.one_per_host_first(), text_may_have_moved("data" not in given):
+        corpus = load_corpus(args.data, vocab_from)
+    columns = args.eval_batch_size
+    if "eval_batch_size" not in given and isinstance(saved.get("eval_batch_size"), int):
+        columns = max(1, saved["eval_batch_size"])
+    if corpus.vocabulary.words != vocabulary.words:
+        advice = (
+            "The vocabulary of this run holds the words of train.txt: keep that file and change only "
+            "valid.txt and test.txt"
+            if vocab_from == "train"
+            else "The vocabulary of this run holds the words of all three texts. To score a new text, train "
+            "with --vocab-from train, which replaces unknown words by <unk>"
+        )
+        raise UserError(
+            f"{path} was trained with a vocabulary of {len(vocabulary):,} words, and {corpus.folder} has "
+            f"another one of {len(corpus.vocabulary):,}. {advice}."
+        )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    devices.choose_threads(
+        args.threads, size * columns * args.bptt, device, distributed.processes_on_this_host()
+    )
+    print(f"{path} ({type(model).__name__}) on {corpus.folder}, {columns} columns", flush=True)
+    for split in ("valid", "test"):
+        with split_named(split, "--eval-batch-size"):
+            ids = getattr(corpus, split)
+            loss = evaluate(model, ids, columns, args.bptt, device, None, split, processes)
+        say(f"{split}: {loss_text(loss)}{best_possible(corpus.folder, split)}")
+    return 0

@@ -1,0 +1,608 @@
+"""The training engine behind all training scripts.
+
+A `Task` supplies the model, its batches, the loss of a step, evaluation, and what a checkpoint records of the
+model. Everything else exists once, here: the loop, the optimiser's step, learning rates, CUDA graphs, several
+GPUs and processes, the log, checkpoints, resuming, signals, and the main program of a script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training import checkpoints, console, devices, distributed, flags, runs
+from training.console import UserError, say, warn
+from training.cuda_graphs import capture_together
+from training.distributed import FlatGradients, Processes
+from training.schedule import LearningRate
+
+
+@dataclass
+class Position:
+    """Where a run stands, besides weights and random generators."""
+
+    step: int = 0  # optimiser steps since the start of the run
+    interval_steps: int = 0  # steps since the last report
+    interval_count: int = 0  # targets in these steps
+    best_score: float = 0.0  # of best.pt, in the task's units
+    best_step: int = 0  # 0: no best.pt yet
+    seconds: float = 0.0  # of work, without interruptions
+
+
+class Interrupted(Exception):
+    """Raised between steps when a signal has asked the run to stop, or --stop-after has passed."""
+
+
+class Task:
+    """A model and what it is trained on. Subclasses define the attributes and the methods.
+
+    Attributes:
+        model: the model in training, on its device.
+        examples: this process's examples (rows) of a batch.
+        batch_flag: the flag of the batch size, for messages.
+        total_steps: steps of the whole run.
+        full_count: targets of a full batch; only full batches are captured as CUDA graphs.
+        sums: names of the sums that `losses` returns.
+        state: the recurrent state carried from step to step, (examples, ...), or None.
+        average: an average of the weights, or None.
+        position: a dataclass with the task's part of the position.
+        score_name: the name of the score in best.pt.
+        higher_is_better: whether a higher score is better.
+    """
+
+    model: nn.Module
+    examples: int
+    batch_flag = "--batch-size"
+    total_steps: int
+    full_count: int
+    sums: tuple[str, ...]
+    state: Tensor | None = None
+    average: Any = None
+    position: Any
+    score_name: str
+    higher_is_better = False
+
+    def facts(self) -> dict[str, Any]:
+        """Return further entries of args.json."""
+        return {}
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """Return what rebuilds a model, for checkpoints: `kind`, `config`, `model`."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the task's further state for last.pt, as plain data."""
+        return {}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Raise UserError if the run with this `state_dict` cannot be resumed here."""
+
+    def load_state_dict(self, saved: Mapping[str, Any], step: int) -> None:
+        """Restore what `state_dict` returned, after `step` steps and after the position was restored."""
+
+    def finished(self, step: int) -> bool:
+        """Return whether the run is complete after so many steps."""
+        raise NotImplementedError
+
+    def span(self, step: int) -> tuple[str, int, int]:
+        """Return label, number of steps and steps already taken of the progress bar that starts now."""
+        raise NotImplementedError
+
+    def span_is_over(self, step: int) -> bool:
+        """Return whether the progress bar's steps are done; a report and `end_span` follow."""
+        raise NotImplementedError
+
+    def next_batch(self) -> tuple[tuple[Tensor, ...], int, float]:
+        """Return this process's inputs (examples, ...), the whole batch's number of targets, and a factor on
+        the learning rate of this step."""
+        raise NotImplementedError
+
+    def losses(
+        self, model: nn.Module, state: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the summed loss to minimise, (), the sums, (len(self.sums),), and the state afterwards."""
+        raise NotImplementedError
+
+    def report(self, trainer: Trainer, totals: dict[str, float], elapsed: float) -> tuple[dict, str, str]:
+        """Return the fields of the "train" event, a short text for the bar and a longer line.
+
+        Args:
+            totals: the sums since the last report, over all processes.
+            elapsed: seconds of training since the last report of this session.
+        """
+        raise NotImplementedError
+
+    def after_report(self, trainer: Trainer) -> None:
+        """Act on a report that was just logged."""
+
+    def end_span(self, trainer: Trainer) -> None:
+        """Act on the end of a progress bar, such as an epoch."""
+
+    def log_fields(self) -> dict[str, Any]:
+        """Return what every event records of the task's position."""
+        return {}
+
+    def finish(self, trainer: Trainer, event: str) -> None:
+        """Measure the best model, print and log the result as `event`."""
+        raise NotImplementedError
+
+    def stopped(self, trainer: Trainer) -> None:
+        """Print, and perhaps measure, what a stopped run has reached."""
+
+    def lower_advice(self) -> str:
+        """Return what to lower when training diverges; completes "Start a new run with ..."."""
+        return "a lower --lr"
+
+
+class Trainer:
+    """A task in training: the loop, its log and its checkpoints.
+
+    Args:
+        task: what to train.
+        args: the flags of `flags.add_run_flags`, and lr, warmup, schedule, clip.
+        device: where to compute.
+        processes: the processes that divide the batch; a process's share is cut into `args.accumulate`
+            pieces. Each loss is divided by the number of targets of the whole batch, so that the gradients
+            of all processes and pieces add up to that of the mean.
+        optimizer: makes the optimiser from the keyword arguments lr, fused and capturable.
+        lr_factors: factors on the learning rate of the optimiser's groups.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        args: argparse.Namespace,
+        device: torch.device,
+        processes: Processes,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        lr_factors: Sequence[float] = (1.0,),
+    ) -> None:
+        self.task, self.args, self.device, self.processes = task, args, device, processes
+        self.model = task.model
+        processes.check_batch(task.batch_flag, args.batch_size, args.accumulate)
+        processes.share_weights(self.model)
+        rows = task.examples // args.accumulate
+        self.pieces = [slice(start, start + rows) for start in range(0, task.examples, rows)]
+        alone = processes.alone
+        self.replicas = devices.wrap_data_parallel(self.model, device, rows) if alone else self.model
+        self.gradients = None if alone and len(self.pieces) == 1 else FlatGradients(self.model.parameters())
+        self.optimizer = optimizer(lr=args.lr, fused=True, capturable=device.type == "cuda")
+        self.lr = LearningRate(
+            args.lr, args.schedule, args.warmup, task.total_steps, self.optimizer, list(lr_factors), device
+        )
+        # Sums since the last report, the last one of gradient norms. They stay on the device: reading them
+        # makes the host wait for the GPU.
+        self.sums = torch.zeros(len(task.sums) + 1, dtype=torch.float64, device=device)
+        options = {
+            "device": device,
+            # Replicas need threads, which a capture cannot have.
+            "enabled": self.replicas is self.model and not args.no_cuda_graph and self.can_be_captured(),
+            "on_failure": self.not_captured,
+            "beside_threads": not alone,
+        }
+        if alone:
+            (self.captured_step,) = capture_together([self.whole_step], **options)
+        else:  # no graph holds the exchange between processes
+            steps = capture_together([self.add_gradients, self.update], **options)
+            self.captured_step = lambda *inputs: self.exchange_step(*steps, *inputs)
+        self.at = Position(best_score=-math.inf if task.higher_is_better else math.inf)
+        self.interrupts = console.Interrupts()
+        self.folder = Path()
+        self.log: runs.RunLog | None = None
+        self.count = 0  # targets of the present batch
+        self.clock = time.perf_counter()
+        self.start_interval()
+
+    def can_be_captured(self) -> bool:
+        """Return whether a step never waits for the GPU: adaptive softmax does."""
+        return not getattr(self.args, "adaptivesoftmax", False)
+
+    def not_captured(self, reason: str) -> None:
+        """Warn and log that steps cannot be captured: the run is slower than its arguments suggest."""
+        warn(reason)
+        self.write("not_captured", reason=reason)
+
+    # ---- one step
+
+    def step(self) -> None:
+        """Take one optimiser step on the next batch."""
+        inputs, self.count, scale = self.task.next_batch()
+        self.lr.set(self.at.step + 1, scale)
+        if self.count == self.task.full_count:
+            self.captured_step(*inputs)
+        elif self.processes.alone:
+            self.whole_step(*inputs)
+        else:
+            self.exchange_step(self.add_gradients, self.update, *inputs)
+        if self.task.average is not None:
+            self.task.average.update(self.model)
+        self.at.step += 1
+        self.at.interval_steps += 1
+        self.at.interval_count += self.count
+        self.timed_steps += 1
+        self.timed_count += self.count
+
+    def whole_step(self, *inputs: Tensor) -> None:
+        """Compute the gradient and update the weights, without waiting for the device."""
+        self.add_gradients(*inputs)
+        self.update()
+
+    def exchange_step(self, add_gradients: Callable, update: Callable, *inputs: Tensor) -> None:
+        """Take the same step with gradients summed over all processes in between."""
+        add_gradients(*inputs)
+        self.processes.add_up(self.gradients.flat)
+        update()
+
+    def add_gradients(self, *inputs: Tensor) -> None:
+        """Compute this process's part of the batch's gradient, piece by piece."""
+        if self.gradients is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.gradients.flat.zero_()
+        state = self.task.state
+        for piece in self.pieces:
+            started = time.perf_counter()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                objective, sums, after = self.task.losses(
+                    self.replicas, None if state is None else state[piece], *(x[piece] for x in inputs)
+                )
+            self.forward_seconds += time.perf_counter() - started
+            (objective / self.count).backward()
+            if state is not None:
+                state[piece].copy_(after.detach())  # keep the values, cut the history
+            self.sums[:-1] += sums.detach()
+
+    def update(self) -> None:
+        """Clip the gradient and take the optimiser's step."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
+        self.optimizer.step()
+        self.sums[-1] += norm
+
+    # ---- the loop
+
+    def train(self, folder: Path) -> bool:
+        """Train until the task is finished, and write to the run folder.
+
+        Returns:
+            True if the task is finished, False if the run was stopped; last.pt has been written.
+
+        Raises:
+            UserError: the loss is no longer finite; the checkpoints are from before.
+        """
+        self.folder = folder
+        self.log = runs.RunLog(folder / "log.jsonl" if self.processes.is_main else os.devnull)
+        if self.device.type == "cpu":
+            devices.keep_freed_memory()
+        saving = console.Alarm(self.args.save_every)
+        ending = console.Alarm(getattr(self.args, "stop_after", 0.0))
+        self.clock = time.perf_counter()
+        self.start_interval()
+        with self.interrupts:
+            try:
+                while not self.task.finished(self.at.step):
+                    self.train_span(saving, ending)
+                    self.task.end_span(self)
+                    self.save_last()
+                    self.start_interval()
+            except Interrupted:
+                self.save_last()
+                return self.task.finished(self.at.step)
+        return True
+
+    def train_span(self, saving: console.Alarm, ending: console.Alarm) -> None:
+        """Take the steps of one progress bar."""
+        self.model.train()
+        label, steps, done = self.task.span(self.at.step)
+        with console.Progress(steps, label, done) as progress:
+            over = self.task.span_is_over(self.at.step)
+            while not over:
+                self.step()
+                progress.advance()
+                over = self.task.span_is_over(self.at.step)
+                if over or self.at.step % self.args.log_interval == 0:
+                    self.report(progress)
+                    over = self.task.span_is_over(self.at.step)
+                stop, save, late = self.processes.agree(self.interrupts, saving.due(), ending.due())
+                if save:
+                    self.save_last()
+                if stop or late:
+                    raise Interrupted
+
+    def report(self, progress: console.Progress) -> None:
+        """Read the sums and the clock; log a "train" event and print a line."""
+        totals = self.read_sums()
+        self.update_clock()
+        fields, short, line = self.task.report(self, totals, max(self.clock - self.interval_clock, 1e-9))
+        self.write("train", **fields, grad_norm=totals["norms"] / self.at.interval_steps)
+        progress.report(short, line)
+        self.at.interval_steps = self.at.interval_count = 0
+        self.sums.zero_()
+        self.task.after_report(self)
+        self.start_interval()
+
+    def read_sums(self) -> dict[str, float]:
+        """Return the sums since the last report, over all processes, all of which must call it.
+
+        Raises:
+            UserError: a sum is not finite.
+        """
+        losses = self.processes.add_up(self.sums[:-1].clone()).tolist()
+        totals = {**dict(zip(self.task.sums, losses, strict=True)), "norms": self.sums[-1].item()}
+        for name, value in totals.items():
+            if not math.isfinite(value):
+                self.diverged(f"sum of {name} since the last report is {value}")
+        return totals
+
+    def diverged(self, what: str) -> None:
+        """Raise the UserError of a run whose numbers are no longer finite."""
+        last = self.folder / "last.pt"
+        kept = f"{last} is from before" if last.exists() else "no checkpoint had been written yet"
+        raise UserError(
+            f"training has diverged: the {what}, at step {self.at.step:,}. {kept[0].upper()}{kept[1:]}. "
+            f"Start a new run with {self.task.lower_advice()}."
+        )
+
+    def start_interval(self) -> None:
+        """Start to measure the speed again."""
+        self.interval_clock = time.perf_counter()
+        self.timed_steps = self.timed_count = 0
+        self.forward_seconds = 0.0
+
+    def update_clock(self) -> None:
+        """Add the time since the last call to the run's seconds."""
+        now = time.perf_counter()
+        self.at.seconds += now - self.clock
+        self.clock = now
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Log an event of this moment."""
+        where = {**self.task.log_fields(), "step": self.at.step, "lr": self.lr.current}
+        self.log.write(event, **where, **fields, seconds=round(self.at.seconds, 3))
+
+    # ---- checkpoints
+
+    def save_last(self) -> None:
+        """Write last.pt: everything that the next step depends on.
+
+        The main process writes what all processes contribute: the states of all examples in their order, the
+        sums over all, and each one's random generators.
+        """
+        totals = self.read_sums()
+        self.update_clock()
+        state = self.task.state
+        if state is not None and not self.processes.alone:
+            state = state.cpu()
+        parts = self.processes.gather((state, devices.random_states()))
+        if not self.processes.is_main:
+            return
+        states, random = zip(*parts, strict=True)
+        average = self.task.average
+        checkpoints.try_save_checkpoint(
+            self.folder / "last.pt",
+            {
+                **self.task.describe(self.model),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.lr.state_dict(),
+                "average": None if average is None else average.state_dict(),
+                "position": {**asdict(self.at), **asdict(self.task.position)},
+                "sums": torch.tensor(list(totals.values()), dtype=torch.float64),
+                "state": None if state is None else torch.cat(states),
+                "random": list(random),  # by rank
+                "task": self.task.state_dict(),
+                "args": vars(self.args),
+            },
+        )
+
+    def offer_best(self, score: float, model: nn.Module | None = None) -> bool:
+        """Write best.pt if the score is the best so far; return whether it was written.
+
+        Args:
+            score: in the task's units.
+            model: the model that has reached it; None for the model in training.
+        """
+        sign = -1 if self.task.higher_is_better else 1
+        if not sign * score < sign * self.at.best_score:
+            return False
+        contents = {
+            **self.task.describe(model or self.model),
+            "args": vars(self.args),
+            "scores": {**self.task.log_fields(), "step": self.at.step, self.task.score_name: score},
+        }
+        path = self.folder / "best.pt"
+        saved = self.processes.from_main(lambda: checkpoints.try_save_checkpoint(path, contents))
+        if saved:
+            self.at.best_score, self.at.best_step = score, self.at.step
+        return saved
+
+    def load_best(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Return the contents of best.pt, which must be a checkpoint of this run's model.
+
+        Raises:
+            UserError: best.pt is missing, cannot be read, or holds another model.
+        """
+        path = self.folder / "best.pt"
+        if not path.is_file():
+            raise UserError(f"{path} is missing, so there is no model to measure. Start a new run.")
+        best, own = checkpoints.load_checkpoint(path, device), self.task.describe(self.model)
+        if best.get("kind") != own["kind"] or best.get("config") != own["config"]:
+            raise UserError(f"{path} holds another model than this run's. Restore the file of this run.")
+        return best
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Restore everything from a last.pt.
+
+        Raises:
+            UserError: the checkpoint does not fit the run.
+        """
+        try:
+            self.task.check(checkpoint["task"])
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            checkpoints.check_optimizer(self.optimizer)
+            position = checkpoint["position"]
+            checkpoints.restore_fields(self.at, position)
+            checkpoints.restore_fields(self.task.position, position)
+            self.lr.load_state_dict(checkpoint["schedule"], self.at.step)
+            if self.task.average is not None:
+                self.task.average.load_state_dict(checkpoint["average"])
+            # The main process continues with the sums of all; the norms are the same for all.
+            self.sums.copy_(checkpoint["sums"])
+            self.sums[:-1] *= self.processes.is_main
+            if self.task.state is not None:
+                self.task.state.copy_(checkpoint["state"][self.processes.share(self.args.batch_size)])
+            self.processes.restore_random_states(checkpoint["random"], self.args.seed, self.at.step)
+            self.task.load_state_dict(checkpoint["task"], self.at.step)
+            pieces = checkpoint["args"].get("accumulate", 1)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if console.is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"last.pt does not fit this run ({type(error).__name__}: {console.first_line(error)}). It or "
+                "args.json may have been altered. Start a new run."
+            ) from None
+        if pieces != self.args.accumulate and any(
+            value for name, value in self.model.config.items() if name.startswith("dropout")
+        ):
+            warn(
+                f"--accumulate was {pieces} and is now {self.args.accumulate}: dropout continues with other "
+                "random numbers"
+            )
+
+    def restore_best(self) -> None:
+        """Set the score to beat to that of best.pt, which a killed run may have written after last.pt.
+
+        Raises:
+            UserError: best.pt cannot be read.
+        """
+        fresh = Position(best_score=-math.inf if self.task.higher_is_better else math.inf)
+        self.at.best_score, self.at.best_step = fresh.best_score, 0
+        path = self.folder / "best.pt"
+        if not self.processes.from_main(path.exists):
+            return
+        scores = self.processes.from_main(lambda: checkpoints.load_checkpoint(path).get("scores"))
+        try:
+            self.at.best_score, self.at.best_step = float(scores[self.task.score_name]), int(scores["step"])
+        except (LookupError, TypeError, ValueError):
+            raise UserError(
+                f"{path} has no score. It may have been altered. Move it elsewhere to resume without it."
+            ) from None
+
+
+# ---- the main program
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script.
+
+    Attributes:
+        name: without '.py'.
+        parser: its command line.
+        build: makes the trainer from arguments, device and processes.
+        evaluate: what --evaluate does, from arguments and the flags that the command line contains; returns
+            the exit status.
+        recipes: what --recipe may name.
+        resume_may_change: flags that may change when a run is resumed, besides those of every script.
+    """
+
+    name: str
+    parser: flags.Parser
+    build: Callable[[argparse.Namespace, torch.device, Processes], Trainer]
+    evaluate: Callable[[argparse.Namespace, dict[str, Any]], int]
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    resume_may_change: frozenset[str] = frozenset()
+
+
+def run(script: Script, argv: Sequence[str] | None) -> int:
+    """Train, or with --evaluate only measure, as the command line says.
+
+    Args:
+        script: what to run.
+        argv: the command line; None for the process's own.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped the run.
+    """
+    given = script.parser.given(argv)
+    resumed = distributed.resume_after_restart(given, argv)
+    if resumed is not argv:
+        argv, given = resumed, script.parser.given(resumed)
+    args = flags.parse(script.parser, script.name, given, script.recipes, script.resume_may_change)
+    if args.evaluate is not None:
+        return script.evaluate(args, given)
+    device, processes = distributed.start(args)
+    devices.seed_everything(args.seed)
+    trainer = script.build(args, device, processes)
+    if args.warmup >= trainer.task.total_steps:
+        warn(
+            f"--warmup {args.warmup:,} is not shorter than the run of {trainer.task.total_steps:,} steps: "
+            "the learning rate will not reach --lr"
+        )
+    processes.seed_apart(args.seed)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    print(f"model: {type(trainer.model).__name__}, {parameters:,} parameters")
+    facts = {**processes.facts, "parameters": parameters, **trainer.task.facts()}
+    if args.resume is not None:
+        folder = Path(args.resume)
+    else:
+        folder = processes.from_main(
+            lambda: runs.create_run_folder(
+                args.runs_folder, args.name, script.name, runs.record_of(script.name, args, argv, **facts)
+            )
+        )
+    with runs.locked(folder) if processes.is_main else nullcontext():
+        trainer.folder = folder
+        if args.resume is not None:
+            resume(trainer, argv)
+        else:
+            print(f"run folder: {folder}", flush=True)
+        try:
+            finished = trainer.train(folder)
+        except BaseException:
+            # Any exception: a run that fails before its first report or checkpoint removes its folder.
+            begun = trainer.at.step > trainer.at.interval_steps or (folder / "last.pt").exists()
+            if args.resume is None and processes.is_main and not begun:
+                runs.discard_run_folder(folder)
+            raise
+        if finished:
+            trainer.task.finish(trainer, "test")
+            return 0
+        why = trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
+        say(f"stopped by {why} at step {trainer.at.step:,}")
+        trainer.task.stopped(trainer)
+        launcher = processes.launcher
+        say(f"To resume: {console.command(script.name, '--resume', folder, launcher=launcher)}")
+        return trainer.interrupts.exit_status
+
+
+def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
+    """Restore a run from its last.pt and record it in args.json and log.jsonl."""
+    args, processes, folder = trainer.args, trainer.processes, trainer.folder
+    where = trainer.device if processes.alone else "cpu"
+    checkpoint = processes.from_main(lambda: checkpoints.load_last(folder, where))
+    if checkpoint is not None:  # else the run was killed before its first save: start again, same seed
+        trainer.restore(checkpoint)
+    trainer.restore_best()
+    step = trainer.at.step
+    if checkpoint is not None and trainer.lr.schedule == "cosine":
+        before = checkpoint["args"].get("epochs"), checkpoint["args"].get("steps")
+        if before != (getattr(args, "epochs", None), getattr(args, "steps", None)):
+            warn(
+                "the length of the run has changed, and the cosine schedule with it: the learning rate jumps"
+            )
+    if processes.is_main:
+        runs.note_resume(folder, args, argv, **processes.facts)
+        runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
+    print(f"run folder: {folder}, resumed at step {step:,}", flush=True)
+    if trainer.task.finished(step):
+        print("nothing to train: the run is finished. Raise --epochs or --steps to train longer.")
