@@ -1,0 +1,552 @@
+"""FastRelationalMemory: RelationalMemory with the same parameters and results and a faster sequence loop.
+
+This file imports torch and relational_rnn_general.py, and can be copied together with it. Shapes are named as
+there. F = H * (2K + V) is the number of features of a row's queries, keys and values, G that of the gates.
+
+Three things make it fast:
+    * What depends on the inputs only is computed for all time steps at once (_hoist): the projected input
+      rows, their queries, keys and values, and their part of the gates.
+    * The last block computes the memory rows only. Of the input rows it needs the keys and values.
+    * The backward pass is written by hand (_Scan, _Window). It computes the gradient of a recurrent weight in
+      products over many time steps; one small product per step would read and write the whole weight T times.
+
+The hand-written pass knows plain linear layers and layer norms. If something else is in their place, if they
+have hooks, and under torch.func, torch.compile, torch.export and torch.jit.trace, the class runs the loop of
+RelationalMemory.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize
+
+from relational_rnn_general import NORM_EPSILON, AttentionBlock, RelationalMemory, RowMLP
+
+# On a CPU, the rows of errors that wait for one product of the backward pass. On other devices, those of the
+# whole window wait.
+WAITING_ROWS = 512
+
+aten = torch.ops.aten
+
+
+class FastRelationalMemory(RelationalMemory):
+    """RelationalMemory with a faster forward and backward pass over sequences.
+
+    Arguments, parameters, state_dict, methods and results are those of RelationalMemory. Second derivatives
+    (create_graph=True) and batched gradients (is_grads_batched=True) raise RuntimeError.
+
+    If a submodule has been replaced or has hooks, or a torch.func transform is active, the loop of
+    RelationalMemory runs, with one warning per process.
+    """
+
+    _warned = False
+
+    def _run(self, inputs, memory, mask, resets, reset_memory):
+        if not self._can_scan(inputs):
+            return super()._run(inputs, memory, mask, resets, reset_memory)
+        device, lower = inputs.device.type, None
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and memory.dtype == torch.float32:
+            lower = torch.get_autocast_dtype(device)
+        # Only products with weights are lowered: memory, norms, attention and gates keep their precision.
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            weights = self._recurrent_weights()
+            inputs = inputs.to(memory.dtype).transpose(0, 1).contiguous()  # (T, B, M, input_size)
+            hoisted = self._hoist(inputs, weights, lower)
+            if lower is not None:
+                weights = [w.to(lower) if w.dim() == 2 else w for w in weights]
+            memory = memory.contiguous()
+            mask = None if mask is None else mask.to(memory.dtype).contiguous()
+            if resets is not None:
+                resets = resets.t().contiguous()[:, :, None, None]  # (T, B, 1, 1)
+                reset_memory = reset_memory.contiguous()
+            given = (resets, mask, memory, reset_memory, *hoisted)
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*given, *weights)):
+                memories, last = _Scan.apply(self, *given, *weights)
+            else:
+                memories = _Window(self, weights).forward(*given)
+                last = memories[-1].clone()
+        before = memories[-2] if len(memories) > 1 else memory
+        if resets is not None:
+            before = torch.where(resets[-1], reset_memory, before)
+        return memories.flatten(2).transpose(0, 1), last, before
+
+    def _can_scan(self, inputs: Tensor) -> bool:
+        """Whether the hand-written pass can serve this call. If not, warn, unless torch is tracing."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or inputs.size(0) == 0:
+            return False
+        reason = self._obstacle()
+        if reason is not None and not FastRelationalMemory._warned:
+            FastRelationalMemory._warned = True
+            warnings.warn(
+                f"FastRelationalMemory runs the slower loop of RelationalMemory because {reason}. The "
+                "results are right. This warning is shown once.",
+                stacklevel=4,
+            )
+        return reason is None
+
+    def _obstacle(self) -> str | None:
+        """Say why the hand-written pass would not compute what calls of the submodules do, or return None."""
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return "a torch.func transform or forward-mode differentiation is active"
+        if _has_any_global_hook():
+            return "a hook is registered for all modules"
+        kind = type(self)
+        if kind._advance is not RelationalMemory._advance or kind.gates is not RelationalMemory.gates:
+            return f"{kind.__name__} overrides the step"
+        for module, kind in self._called_modules():
+            if not _is_plain(module, kind):
+                name = next(name for name, found in self.named_modules() if found is module)
+                return f"its submodule {name} was replaced or has hooks"
+        return None
+
+    def _called_modules(self) -> Iterator[tuple[nn.Module, type]]:
+        """The submodules that the loop calls, each with the type that the hand-written pass assumes."""
+        yield self.input_projection, nn.Linear
+        if self.gate_style is not None:
+            yield self.input_gate_projection, nn.Linear
+            yield self.memory_gate_projection, nn.Linear
+        for block in self.blocks:
+            yield block, AttentionBlock
+            yield block.qkv_projection, nn.Linear
+            yield block.qkv_norm, nn.LayerNorm
+            yield block.attention_norm, nn.LayerNorm
+            yield block.mlp_norm, nn.LayerNorm
+        yield self.mlp, RowMLP
+        for linear in self.mlp:
+            yield linear, nn.Linear
+
+    def _recurrent_weights(self) -> list[Tensor]:
+        """Return the weights of the time loop in the order in which _Window takes them.
+
+        Each is read once, because a parametrization may compute another value at every access.
+        """
+        # The scores' factor 1 / sqrt(K) goes into the queries' norm: once per window, not once per step.
+        factor = self._like().new_ones(self.num_heads, 2 * self.key_size + self.head_size)
+        factor[:, : self.key_size] = self.key_size**-0.5
+        factor, weights = factor.flatten(), []
+        for block in self.blocks:
+            weights += [block.qkv_projection.weight, block.qkv_projection.bias]
+            weights += [block.qkv_norm.weight * factor, block.qkv_norm.bias * factor]
+            weights += [block.attention_norm.weight, block.attention_norm.bias]
+            weights += [block.mlp_norm.weight, block.mlp_norm.bias]
+        for linear in self.mlp:
+            weights += [linear.weight, linear.bias]
+        return weights if self.gate_style is None else [*weights, self.memory_gate_projection.weight]
+
+    def _hoist(
+        self, inputs: Tensor, weights: Sequence[Tensor], lower: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute what depends on the inputs (T, B, M, input_size) only.
+
+        Returns:
+            queries, keys and values of the input rows in the first block, normed, (T, B, M, F);
+            the input's part of the gates with all their biases, (T, B, G), or None without gates;
+            the projected rows (T, B, M, D) if there is a second block, which needs them, else None.
+        """
+        qkv, qkv_bias, gain, shift = weights[:4]
+        weight_in, bias_in = self.input_projection.weight, self.input_projection.bias
+        gate = gate_bias = gate_in = rows = None
+        if self.gate_style is not None:
+            gate, gate_bias = self.input_gate_projection.weight, self.input_gate_projection.bias
+            fixed = gate_bias.new_full((2, len(gate_bias) // 2), self.input_bias)
+            fixed[1] = self.forget_bias
+            gate_bias = gate_bias + self.memory_gate_projection.bias + fixed.flatten()
+        # With one block, the projected rows only go into two more linear layers. Two layers in a row can be
+        # multiplied into one beforehand, which pays if the inputs are narrower than the rows and many.
+        after = len(qkv) + (0 if gate is None else len(gate))
+        count = inputs.shape[:3].numel()
+        folded = (count + self.mem_size) * self.input_size * after
+        if len(self.blocks) == 1 and folded < count * self.mem_size * (self.input_size + after):
+            qkv_in = _affine(inputs, qkv @ weight_in, F.linear(bias_in, qkv, qkv_bias), lower)
+            if gate is not None:
+                by_row = gate.unflatten(1, (self.input_rows, self.mem_size))  # (G, M, D)
+                gate_bias = gate_bias + by_row.sum(1) @ bias_in
+                gate_in = _affine(inputs.flatten(2), (by_row @ weight_in).flatten(1), gate_bias, lower)
+        else:
+            rows = _affine(inputs, weight_in, bias_in, lower)
+            qkv_in = _affine(rows, qkv, qkv_bias, lower)
+            if gate is not None:
+                gate_in = _affine(rows.flatten(2), gate, gate_bias, lower)
+        qkv_in = F.layer_norm(qkv_in, gain.shape, gain, shift, NORM_EPSILON)
+        return qkv_in, gate_in, rows if len(self.blocks) > 1 else None
+
+
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether a call of the module computes what its type does with its weights, and nothing else."""
+    if type(module) is not kind:
+        parametrized = parametrize.is_parametrized(module)
+        if not parametrized or parametrize.type_before_parametrizations(module) is not kind:
+            return False
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    if "forward" in vars(module) or (kind is nn.LayerNorm and module.eps != NORM_EPSILON):
+        return False
+    return kind not in (nn.Linear, nn.LayerNorm) or module.bias is not None
+
+
+class _Scan(torch.autograd.Function):
+    """All time steps: the memory after each, (T, B, N, D), and a copy of the last one, (B, N, D)."""
+
+    @staticmethod
+    def forward(ctx, core, resets, mask, memory, reset_memory, qkv_in, gate_in, rows, *weights):
+        window, kept = _Window(core, weights), []
+        memories = window.forward(resets, mask, memory, reset_memory, qkv_in, gate_in, rows, kept)
+        ctx.core, ctx.count = core, len(weights)
+        # save_for_backward lets go of the tensors after the backward pass; attributes of ctx would stay.
+        ctx.save_for_backward(resets, mask, memory, reset_memory, memories, *weights, *kept)
+        ctx.set_materialize_grads(False)
+        return memories, memories[-1].clone()
+
+    @staticmethod
+    def backward(ctx, grad_memories, grad_last):
+        grads = [g for g in (grad_memories, grad_last) if g is not None]
+        if torch.is_grad_enabled() or any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
+            raise RuntimeError(
+                "FastRelationalMemory has no second derivatives and no batched gradients. Use "
+                "RelationalMemory, which loads the same state_dict."
+            )
+        resets, mask, memory, reset_memory, memories, *rest = ctx.saved_tensors
+        window, kept = _Window(ctx.core, rest[: ctx.count]), rest[ctx.count :]
+        with torch.autocast(memory.device.type, enabled=False):
+            gradients = window.backward(
+                resets, mask, memory, reset_memory, memories, kept, grad_memories, grad_last
+            )
+        return None, None, None, *gradients
+
+
+class _Window:
+    """The time loop over one window, forward and backward, with the weights and their gradients."""
+
+    def __init__(self, core: FastRelationalMemory, weights: Sequence[Tensor]):
+        given = iter(weights)
+
+        def take(layer):
+            return layer(next(given), next(given))
+
+        self.blocks = [_Block(take(_Linear), take(_Norm), take(_Norm), take(_Norm)) for _ in core.blocks]
+        self.mlp = [take(_Linear) for _ in core.mlp]
+        self.gate = None if core.gate_style is None else _Linear(next(given), None)
+        self.gate_style, self.width = core.gate_style, core.mem_size
+        self.slots, self.input_rows = core.mem_slots, core.input_rows
+        self.heads, self.sizes = core.num_heads, (core.key_size, core.key_size, core.head_size)
+        # With two rows, attention is a sigmoid of one difference and needs no batched products.
+        self.pair = core.mem_slots == core.input_rows == len(core.blocks) == 1
+
+    def forward(self, resets, mask, memory, reset_memory, qkv_in, gate_in, rows, kept=None):
+        """Return the memories (T, B, N, D), and append to kept what the backward pass needs."""
+        memories = memory.new_empty(len(qkv_in), *memory.shape)
+        given = self._by_step(qkv_in)
+        for t, after in enumerate(memories.unbind(0)):
+            if resets is not None:
+                memory = torch.where(resets[t], reset_memory, memory)
+            saved = self._step(memory, mask, given[t], _at(gate_in, t), _at(rows, t), after)
+            if kept is not None:
+                kept += saved
+            memory = after
+        return memories
+
+    def backward(self, resets, mask, memory, reset_memory, memories, kept, grad_memories, grad_last):
+        """Return the gradients by memory, reset_memory, qkv_in, gate_in, rows and the weights."""
+        before = torch.cat([memory.unsqueeze(0), memories[:-1]])
+        if resets is not None:
+            before = torch.where(resets, reset_memory, before)
+        steps, size = len(memories), len(kept) // len(memories)
+        grad_qkv_in = memory.new_zeros(*memories.shape[:2], self.input_rows, self.heads * sum(self.sizes))
+        to_given, to_gate_in, to_rows = self._by_step(grad_qkv_in), [None] * steps, [None] * steps
+        grad_reset = None if resets is None else torch.zeros_like(memory)
+        carry = torch.zeros_like(memory) if grad_last is None else grad_last.contiguous()
+        grad_memories = None if grad_memories is None else grad_memories.contiguous()
+        for t in reversed(range(steps)):
+            grad = carry if grad_memories is None else carry + grad_memories[t]
+            saved = kept[t * size : (t + 1) * size]
+            carry, to_gate_in[t], to_rows[t] = self._step_backward(before[t], mask, saved, grad, to_given[t])
+            if resets is not None:
+                grad_reset += carry.masked_fill(~resets[t], 0)
+                carry = carry.masked_fill(resets[t], 0)
+        grad_gate_in = None if self.gate is None else torch.stack(to_gate_in)
+        grad_rows = None if len(self.blocks) == 1 else torch.stack(to_rows)
+        layers = [layer for block in self.blocks for layer in block] + self.mlp
+        layers += [] if self.gate is None else [self.gate]
+        to_weights = [gradient for layer in layers for gradient in layer.gradients()]
+        return carry, grad_reset, grad_qkv_in, grad_gate_in, grad_rows, *to_weights
+
+    def _by_step(self, qkv: Tensor) -> Sequence:
+        """Split the input rows' features (T, B, M, F), or their gradient, by steps and heads.
+
+        For each step (B, M, H, 2K + V). For a pair only keys (B, H, K) and values (B, H, V).
+        """
+        heads = qkv.unflatten(-1, (self.heads, -1))
+        if not self.pair:
+            return heads.unbind(0)
+        _, keys, values = heads.squeeze(2).split(self.sizes, dim=-1)
+        return list(zip(keys.unbind(0), values.unbind(0), strict=True))
+
+    def _step(self, memory, mask, given, gate_in, rows, after):
+        """Write the memory after one step to `after`, and return what the backward pass needs."""
+        z, saved = memory, []
+        for index in range(len(self.blocks)):
+            z, kept = self._block(index, z, given, rows)
+            saved += kept
+        if self.gate is None:
+            after.copy_(z if mask is None else z * mask)
+            return saved
+        candidate, squashed = z.tanh_(), memory.tanh().view(-1, self.width)
+        if self.slots == 1:
+            gates = self.gate.forward(squashed, gate_in).unsqueeze(1)
+        else:
+            gates = _product(squashed, self.gate.transposed).view(len(memory), self.slots, -1)
+            gates = gates.add_(gate_in.unsqueeze(1))
+        input_gate, forget_gate = gates.sigmoid_().chunk(2, dim=-1)
+        torch.mul(forget_gate, memory, out=after)
+        after.addcmul_(input_gate, candidate if mask is None else candidate * mask)
+        return [*saved, candidate, squashed, gates]
+
+    def _step_backward(self, memory, mask, saved, grad, to_given):
+        """From the gradient by the memory after a step, return those by memory, gate_in and rows.
+
+        The gradient by the input rows' features is written to to_given.
+        """
+        grad_z = grad if mask is None else grad * mask
+        carry = to_gate_in = None
+        if self.gate is not None:
+            candidate, squashed, gates = saved[-3:]
+            input_gate, forget_gate = gates.chunk(2, dim=-1)
+            to_gates = grad_z * candidate, grad * memory
+            if self.gate_style == "memory":
+                to_gates = [x.sum(-1, keepdim=True) for x in to_gates]
+            errors = aten.sigmoid_backward(torch.cat(to_gates, dim=-1), gates)
+            to_gate_in = errors.sum(1) if self.slots > 1 else errors.squeeze(1)
+            to_squashed = self.gate.backward(errors.flatten(0, 1), squashed)
+            carry = aten.tanh_backward(to_squashed, squashed).view_as(memory).addcmul_(grad, forget_gate)
+            grad_z = aten.tanh_backward(grad_z * input_gate, candidate)
+        size = _BLOCK_KEEPS + len(self.mlp)
+        for index in reversed(range(len(self.blocks))):
+            kept = saved[index * size : (index + 1) * size]
+            grad_z, grad_residual = self._block_backward(index, memory, kept, grad_z, to_given)
+            if index > 0:
+                grad_z[:, : grad_residual.size(1)] += grad_residual
+        grad_z = grad_z.add_(grad_residual[:, : self.slots])
+        carry = grad_z if carry is None else carry.add_(grad_z)
+        return carry, to_gate_in, grad_residual[:, self.slots :]
+
+    def _block(self, index, z, given, rows):
+        """Run one block on z (B, S, D): in the first block the memory, in later ones all rows.
+
+        Returns its rows (B, Q, D) and a list of what the backward pass needs.
+        """
+        block, first = self.blocks[index], index == 0
+        source = z.view(-1, self.width)
+        projected = block.qkv.forward(source, block.qkv.bias)
+        normed, *qkv_stats = block.qkv_norm.forward(projected)
+        own = normed.view(len(z), -1, self.heads, sum(self.sizes))
+        if self.pair:
+            update, *attention = _attend_pair(self.sizes, own, *given)
+        else:
+            last = index + 1 == len(self.blocks)
+            update, *attention = _attend(
+                self.sizes, own, given if first else None, self.slots if last else None
+            )
+        if first and rows is not None:
+            z = torch.cat([z, rows], dim=1)
+        residual = (z[:, : update.size(1)].view_as(update) + update).reshape(-1, self.width)
+        attended, *residual_stats = block.attention_norm.forward(residual)
+        hidden, layers = attended, []
+        for layer, linear in enumerate(self.mlp):
+            hidden = hidden.relu_() if layer > 0 else hidden
+            layers.append(hidden)
+            hidden = linear.forward(hidden, linear.bias)
+        summed = hidden.add_(attended)
+        z, *summed_stats = block.mlp_norm.forward(summed)
+        # The first block's source is the memory, which the backward pass has.
+        kept = [None if first else source, projected, *qkv_stats, *attention]
+        kept += [residual, *residual_stats, summed, *summed_stats, *layers]
+        return z.view(len(own), -1, self.width), kept
+
+    def _block_backward(self, index, memory, kept, grad_z, to_given):
+        """From the gradient by a block's rows, return those by its source (B, S, D) and by its residual."""
+        block, batch = self.blocks[index], len(memory)
+        source, qkv, attention = kept[0], kept[1:4], kept[4:8]
+        residual, summed, layers = kept[8:11], kept[11:14], kept[14:]
+        grad_summed = block.mlp_norm.backward(grad_z.reshape(-1, self.width), *summed)
+        errors = grad_summed
+        for layer in reversed(range(len(self.mlp))):
+            errors = self.mlp[layer].backward(errors, layers[layer])
+            if layer > 0:
+                errors = aten.threshold_backward(errors, layers[layer], 0)
+        grad_residual = block.attention_norm.backward(errors.add_(grad_summed), *residual)
+        grad_residual = grad_residual.view(batch, -1, self.width)
+        if self.pair:
+            grad_own = _attend_pair_backward(*attention, grad_residual, *to_given)
+        else:
+            grad_own = _attend_backward(
+                self.heads, *attention, grad_residual, to_given if index == 0 else None
+            )
+        errors = block.qkv_norm.backward(grad_own.view(qkv[0].shape), *qkv)
+        grad_source = block.qkv.backward(errors, memory.view(-1, self.width) if index == 0 else source)
+        return grad_source.view(batch, -1, self.width), grad_residual
+
+
+_BLOCK_KEEPS = 14  # tensors in the list of _Window._block, without the inputs of the MLP's layers
+
+
+class _Block(NamedTuple):
+    """The layers of one attention block."""
+
+    qkv: "_Linear"
+    qkv_norm: "_Norm"
+    attention_norm: "_Norm"
+    mlp_norm: "_Norm"
+
+
+class _Linear:
+    """A linear layer of the time loop and its gradient, summed over the steps."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias, self.transposed = weight, bias, weight.t()
+        self.errors, self.inputs, self.rows = [], [], 0
+        self.weight_grad = self.bias_grad = None
+        self.limit = WAITING_ROWS if weight.device.type == "cpu" else math.inf
+
+    def forward(self, inputs: Tensor, bias: Tensor) -> Tensor:
+        """Map (rows, in) to (rows, out). The product is of the weight's type, the result of the bias's."""
+        if inputs.dtype == self.weight.dtype:
+            return torch.addmm(bias, inputs, self.transposed)
+        return torch.mm(inputs.to(self.weight.dtype), self.transposed) + bias
+
+    def backward(self, errors: Tensor, inputs: Tensor) -> Tensor:
+        """Return the gradient by the inputs. Errors and inputs wait for the gradient by the weight."""
+        self.errors.append(errors)
+        self.inputs.append(inputs)
+        self.rows += len(errors)
+        if self.rows >= self.limit:
+            self._multiply()
+        return _product(errors, self.weight)
+
+    def _multiply(self) -> None:
+        errors, inputs = (x[0] if len(x) == 1 else torch.cat(x) for x in (self.errors, self.inputs))
+        self.errors, self.inputs, self.rows = [], [], 0
+        transposed, inputs = errors.t().to(self.weight.dtype), inputs.to(self.weight.dtype)
+        if self.weight_grad is None:
+            self.weight_grad, self.bias_grad = torch.mm(transposed, inputs), errors.sum(0)
+        else:
+            self.weight_grad.addmm_(transposed, inputs)
+            self.bias_grad += errors.sum(0)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient by the weight, and by the bias if there is one."""
+        if self.rows > 0:
+            self._multiply()
+        return [self.weight_grad] if self.bias is None else [self.weight_grad, self.bias_grad]
+
+
+class _Norm:
+    """A layer norm of the time loop and its gradient, summed over the steps."""
+
+    def __init__(self, gain: Tensor, shift: Tensor):
+        self.gain, self.shift, self.shape = gain, shift, gain.shape
+        self.gain_grads: list[Tensor] = []
+        self.shift_grads: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normed rows and each row's mean and inverse deviation."""
+        return torch.native_layer_norm(inputs, self.shape, self.gain, self.shift, NORM_EPSILON)
+
+    def backward(self, grad: Tensor, inputs: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        """Return the gradient by the inputs."""
+        grad_inputs, gain_grad, shift_grad = aten.native_layer_norm_backward(
+            grad, inputs, self.shape, mean, scale, self.gain, self.shift, (True, True, True)
+        )
+        self.gain_grads.append(gain_grad)
+        self.shift_grads.append(shift_grad)
+        return grad_inputs
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients by gain and shift."""
+        return [torch.stack(self.gain_grads).sum(0), torch.stack(self.shift_grads).sum(0)]
+
+
+def _attend_pair(sizes, own, key_in, value_in):
+    """Let one memory row, features own (B, 1, H, 2K + V), attend to itself and one input row.
+
+    Returns the update (B, 1, H, V) and, for the backward pass: query, differences of the two keys and values
+    (in the place of own), and the weight of the memory row, (B, H, 1).
+    """
+    query, key, value = own.squeeze(1).split(sizes, dim=-1)
+    key, value = key.sub_(key_in), value.sub_(value_in)
+    weight = (query * key).sum(-1, keepdim=True).sigmoid_()
+    return torch.addcmul(value_in, weight, value).unsqueeze(1), query, key, value, weight
+
+
+def _attend_pair_backward(query, key, value, weight, grad_update, to_key_in, to_value_in):
+    """Return the gradient by own, (B, H, 2K + V); write those by key_in and value_in to the last two."""
+    grad_update = grad_update.view_as(value)
+    score = aten.sigmoid_backward((grad_update * value).sum(-1, keepdim=True), weight)
+    to_key, to_value = score * query, grad_update * weight
+    torch.neg(to_key, out=to_key_in)
+    torch.sub(grad_update, to_value, out=to_value_in)
+    return torch.cat([score * key, to_key, to_value], dim=-1)
+
+
+def _attend(sizes, own, given, queries):
+    """Let the first `queries` (all if None) of the R rows attend to all of them.
+
+    The rows' features are own (B, S, H, 2K + V) and, unless None, given (B, M, H, 2K + V).
+
+    Returns the update (B, Q, H, V) and, for the backward pass: queries, keys, values and weights, with batch
+    and heads in one dimension. The weights are (B * H, R, Q): on a CPU, products and softmax are faster so.
+    """
+    query, key, value = own.transpose(1, 2).split(sizes, dim=-1)  # (B, H, S, K or V)
+    if given is not None:
+        query_in, key_in, value_in = given.transpose(1, 2).split(sizes, dim=-1)
+        key, value = torch.cat([key, key_in], dim=2), torch.cat([value, value_in], dim=2)
+        query = torch.cat([query, query_in], dim=2) if queries is None else query
+    query, key, value = (x.reshape(-1, *x.shape[2:]) for x in (query[:, :, :queries], key, value))
+    weights = torch.bmm(key, query.transpose(1, 2)).softmax(dim=1)
+    update = torch.bmm(weights.transpose(1, 2), value).view(len(own), -1, query.size(1), sizes[2])
+    return update.transpose(1, 2), query, key, value, weights
+
+
+def _attend_backward(heads, query, key, value, weights, grad_update, to_given):
+    """Return the gradient by own, (B, S, H, 2K + V); write the one by given to to_given unless it is None."""
+    grad_update = grad_update.unflatten(-1, (heads, -1)).transpose(1, 2).reshape(*query.shape[:2], -1)
+    score = torch.bmm(value, grad_update.transpose(1, 2))
+    score = aten._softmax_backward_data(score, weights, 1, score.dtype)
+    to_query = torch.bmm(score.transpose(1, 2), key)
+    to_query = F.pad(to_query, (0, 0, 0, key.size(1) - query.size(1)))  # rows without a query
+    grads = to_query, torch.bmm(score, query), torch.bmm(weights, grad_update)
+    grads = [x.unflatten(0, (-1, heads)).transpose(1, 2) for x in grads]  # (B, R, H, K or V)
+    rows = key.size(1) - (0 if to_given is None else to_given.size(1))
+    if to_given is not None:
+        torch.cat([x[:, rows:] for x in grads], dim=-1, out=to_given)
+    return torch.cat([x[:, :rows] for x in grads], dim=-1)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, computed in the type of right; the result is of the type of left."""
+    if left.dtype == right.dtype:
+        return torch.mm(left, right)
+    return torch.mm(left.to(right.dtype), right).to(left.dtype)
+
+
+def _affine(inputs: Tensor, weight: Tensor, bias: Tensor, lower: torch.dtype | None) -> Tensor:
+    """inputs @ weight.T + bias; the product is computed in the lower type, if there is one."""
+    if lower is None:
+        return F.linear(inputs, weight, bias)
+    return F.linear(inputs.to(lower), weight.to(lower)).to(inputs.dtype) + bias
+
+
+def _at(value: Tensor | None, t: int) -> Tensor | None:
+    return None if value is None else value[t]
