@@ -198,9 +198,9 @@ def to_text(words: Sequence[str]) -> str:
     return text.replace(" \n", "\n").replace("\n ", "\n")
 
 
-CLOSING = re.compile(r"[.,;:!?%)\]}…]+|'[A-Za-z]+")  # 's and 't too
-OPENING = {"(", "[", "{", "$", "£", "€"}
-INNER = {"@,@": ",", "@.@": ".", "@-@": "-"}  # between digits or words, as in 3 @,@ 000
+CLOSING = re.compile(r"[.,;:!?%)\]}»…]+|'[A-Za-z]+")  # 's and 't too
+OPENING = {"(", "[", "{", "«", "$", "£", "€", "#"}
+INNER = {"@,@": ",", "@.@": ".", "@-@": "-", "/": "/"}  # between two words, as in 3 @,@ 000
 QUOTES = {'"', "'"}
 
 
