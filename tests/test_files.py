@@ -44,35 +44,37 @@ def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
     assert os.listdir(tmp_path / "folder") == ["target"]
 
 
-def test_fifo_and_device_are_written_directly(tmp_path):
+# Only FIFOs and pipes: run by root, broken code would replace a device such as /dev/null.
+
+
+def test_fifo_is_written_directly(tmp_path):
     fifo, got = tmp_path / "fifo", []
     os.mkfifo(fifo)
-    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()))
+    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()), daemon=True)
     files.check_writable(fifo)  # does not wait for a reader
     reader.start()
     write(fifo)
     reader.join(timeout=10)
     assert got == [b"new"] and stat.S_ISFIFO(fifo.stat().st_mode)
     files.check_writable(os.devnull)
-    write(os.devnull)
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="needs /dev/fd")
 def test_pipe_of_a_process_substitution_is_written_directly():
     readable, writable = os.pipe()
-    files.check_writable(f"/dev/fd/{writable}")
-    write(f"/dev/fd/{writable}")
+    path = f"/dev/fd/{writable}"
+    files.check_writable(path)
+    write(path)
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as caught:
+        files.atomic_write(path, full)
+    assert caught.value.filename == path
     os.close(writable)
     with os.fdopen(readable, "rb") as pipe:
         assert pipe.read() == b"new"
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_error_of_a_full_device_names_it():
-    with pytest.raises(OSError) as caught:
-        write("/dev/full")
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO, errno.ENOSPC])

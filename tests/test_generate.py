@@ -197,7 +197,8 @@ def test_prompt_is_tokenised_when_a_word_is_unknown(capsys):
     assert "read as: tom don 't run ." in capsys.readouterr().err
     capitals = Vocabulary(["Tom", "tom", "run", "."])
     assert encode_prompt("Tom run.", capitals) == [0, 2, 3]
-    assert encode_prompt("run.", Vocabulary(["run.", "run", "."])) == [0]  # a corpus that was not tokenised
+    raw = Vocabulary(["run.", "the", "<unk>"])  # of a corpus that was not tokenised
+    assert encode_prompt("run. zebu", raw) == [0, 2]
 
 
 TEXTS = [
