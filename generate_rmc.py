@@ -1,4 +1,4 @@
-"""Write text with a trained language model, of train_rmc.py or train_rnn.py alike.
+"""Write text with a language model trained by train_rmc.py or train_rnn.py.
 
 Example: python generate_rmc.py --words 200 --prompt "the history of"
 """
@@ -6,76 +6,79 @@ Example: python generate_rmc.py --words 200 --prompt "the history of"
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import sys
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+import data_utils
 from data_utils import EOS, UNK, Vocabulary
 from layers.language_model import LanguageModel
 from training import checkpoints, console, devices, files, flags, lm_training, runs
 from training.console import UserError
 
-SHOWN = 400  # characters of the text that are printed too
+SHOWN = 400  # characters of the text that are printed as well as written
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The script's command line."""
+    """Return the script's command line."""
     parser = argparse.ArgumentParser(
         prog="generate_rmc.py", description=__doc__, formatter_class=flags.HelpFormatter, allow_abbrev=False
     )
     source = parser.add_argument_group("model")
     source.add_argument(
         "--checkpoint",
-        default=None,
         metavar="FILE_OR_RUN",
-        help="a checkpoint, or a run folder for its best.pt (default: the newest of a language model)",
+        help="checkpoint, or run folder whose best.pt is used (default: the newest language model's)",
     )
     source.add_argument(
-        "--runs-folder", default="runs", metavar="FOLDER", help="where to look for it"
+        "--runs-folder", default="runs", metavar="FOLDER", help="folder in which the newest is looked up"
     )
     source.add_argument(
-        "--data",
-        default=None,
-        metavar="FOLDER",
-        help="not needed and ignored: the vocabulary is in the checkpoint",
+        "--data", metavar="FOLDER", help="ignored, because the checkpoint holds the vocabulary"
     )
-    source.add_argument("--cuda", action="store_true", help="compute on the GPU; without it on the CPU")
+    source.add_argument("--cuda", action="store_true", help="compute on the GPU instead of the CPU")
     source.add_argument(
         "--threads",
         type=flags.thread_count,
         default=0,
         metavar="N",
-        help="CPU threads that torch may use; 0 = its own choice",
+        help="CPU threads; 0 = chosen to fit the model and the machine",
     )
     text = parser.add_argument_group("text")
     text.add_argument(
         "--outf",
         default="generated.txt",
         metavar="FILE",
-        help="file for the text, in UTF-8; - = print all of it and write no file",
+        help="output file, in UTF-8; - = print the whole text and write no file",
     )
     text.add_argument(
         "--words",
         type=flags.positive_int,
         default=1000,
         metavar="N",
-        help="words to write per sample, ends of lines counted, the prompt not",
+        help="words per sample, including ends of lines and without the prompt",
     )
     text.add_argument(
-        "--samples", type=flags.positive_int, default=1, metavar="N", help="texts to write side by side"
+        "--samples", type=flags.positive_int, default=1, metavar="N", help="number of texts to write"
     )
-    text.add_argument("--prompt", default="", metavar="TEXT", help="words to begin with, separated by spaces")
+    text.add_argument(
+        "--prompt",
+        default="",
+        metavar="TEXT",
+        help="first words of every text; punctuation is separated if the model does not know a word",
+    )
+    text.add_argument(
+        "--detokenize", action="store_true", help="join punctuation marks to their words in the output"
+    )
     text.add_argument(
         "--log-interval",
-        "--log_interval",
         type=flags.positive_int,
         default=100,
         metavar="WORDS",
-        help="words between two reports of progress",
+        help="words between two progress reports",
     )
     choice = parser.add_argument_group("choice of words")
     choice.add_argument(
@@ -86,21 +89,21 @@ def build_parser() -> argparse.ArgumentParser:
         type=flags.non_negative_float,
         default=1.0,
         metavar="X",
-        help="divides the log-probabilities: below 1 safer, above 1 bolder; 0 = always the likeliest",
+        help="divisor of the log-probabilities: below 1 = likelier words; 0 = always the likeliest word",
     )
     choice.add_argument(
         "--top-k",
         type=flags.non_negative_int,
         default=0,
         metavar="K",
-        help="choose among the K likeliest words only; 0 = all",
+        help="choose among the K likeliest words; 0 = all",
     )
     choice.add_argument(
         "--top-p",
         type=flags.probability,
         default=1.0,
         metavar="P",
-        help="choose among the likeliest words that together reach probability P; 1 = all",
+        help="choose among the fewest words whose probabilities sum to at least P; 1 = all",
     )
     choice.add_argument("--no-unk", action="store_true", help=f"never write {UNK}")
     return parser
@@ -114,21 +117,21 @@ def choose(
     banned: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draws one word per row.
+    """Draw one word per row.
 
     Args:
         log_probabilities: (B, V).
-        temperature: divides them; 0 takes the likeliest word, and close to 0 comes to the same.
-        top_k: keep only the k likeliest words, 0 for all.
-        top_p: of those, keep the likeliest words up to and with the one at which their probability reaches p.
+        temperature: divisor of the log-probabilities; 0 takes the likeliest word.
+        top_k: keep only the k likeliest words; 0 keeps all.
+        top_p: of these, keep the fewest likeliest words whose probabilities sum to at least top_p.
         banned: ids that are never drawn.
-        generator: on the tensor's device.
+        generator: source of randomness, on the tensor's device.
 
     Returns:
         ids, (B,).
 
     Raises:
-        ValueError: a value outside its range, or every word banned.
+        ValueError: a value is outside its range, or every word is banned.
     """
     if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(
@@ -137,20 +140,20 @@ def choose(
         )
     if len(set(banned)) >= log_probabilities.shape[1]:
         raise ValueError(f"all {log_probabilities.shape[1]} words are banned")
-    scores = log_probabilities.double()  # the division by a tiny temperature needs the range
+    scores = log_probabilities.double()  # float32 overflows when divided by a tiny temperature
     if banned:
         scores[:, list(banned)] = -torch.inf
-    # With the likeliest word at 0 every other is negative: dividing can only bring it to -inf, never to NaN.
+    # With the maximum at 0, division can only give -inf, never NaN.
     scores = scores - scores.max(dim=1, keepdim=True).values
     if temperature == 0:
         return scores.argmax(dim=1)
     scores, order = (scores / temperature).sort(dim=1, descending=True, stable=True)
     if top_k:
         scores[:, top_k:] = -torch.inf
-    probabilities = scores.softmax(dim=1)  # after top_p they need not sum to 1, which multinomial allows
+    probabilities = scores.softmax(dim=1)
     if top_p < 1:
-        before = probabilities.cumsum(dim=1) - probabilities  # of the words likelier than this one
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        before = probabilities.cumsum(dim=1) - probabilities  # of the likelier words
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # multinomial normalises again
     return order.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
 
@@ -163,18 +166,18 @@ def generate(
     choose_next: Callable[[torch.Tensor], torch.Tensor],
     tick: Callable[[int], bool] = lambda done: True,
 ) -> torch.Tensor:
-    """Continues a text, several samples at once: the prompt in one pass, then one step per word.
+    """Continue a text, several samples at once: the prompt in one pass, then one step per word.
 
     Args:
         model: in eval mode.
-        start: ids that every sample begins with, at least one.
+        start: ids at the start of every sample, at least one.
         samples: number of samples B.
         words: words to write per sample.
-        choose_next: makes ids (B,) from log-probabilities (B, V).
-        tick: called after each word with the number done; False stops.
+        choose_next: function from log-probabilities (B, V) to ids (B,).
+        tick: called after each word with the number of words written; returning False stops.
 
     Returns:
-        the new ids, (B, words) or, when stopped, fewer.
+        the new ids, (B, words), or fewer if stopped.
     """
     device = next(model.parameters()).device
     tokens = torch.tensor(list(start), dtype=torch.int64, device=device).expand(samples, -1)
@@ -190,28 +193,69 @@ def generate(
 
 
 def to_text(words: Sequence[str]) -> str:
-    """Words as text: spaces between words, a new line for `<eos>`."""
-    lines: list[list[str]] = [[]]
-    for word in words:
-        if word == EOS:
-            lines.append([])
-        else:
-            lines[-1].append(word)
-    return "\n".join(" ".join(line) for line in lines)
+    """Return words as text: spaces between words, a new line for `<eos>`."""
+    text = " ".join("\n" if word == EOS else word for word in words)
+    return text.replace(" \n", "\n").replace("\n ", "\n")
+
+
+CLOSING = re.compile(r"[.,;:!?%)\]}»…]+|'[A-Za-z]+")  # 's and 't too
+OPENING = {"(", "[", "{", "«", "$", "£", "€", "#"}
+INNER = {"@,@": ",", "@.@": ".", "@-@": "-", "/": "/"}  # between two words, as in 3 @,@ 000
+QUOTES = {'"', "'"}
+
+
+def join_punctuation(text: str) -> str:
+    """Join the punctuation of tokenised text to its words; the inverse of data_utils.separate_punctuation.
+
+    Quotation marks are assumed to open and close alternately within a line.
+    """
+    return "\n".join(map(_join_line, text.split("\n")))
+
+
+def _join_line(line: str) -> str:
+    joined, space_before, open_quotes = "", False, set()
+    for word in line.split(" "):
+        closes, opens = CLOSING.fullmatch(word) is not None or word in INNER, word in OPENING or word in INNER
+        if word == "'" and not open_quotes and joined.endswith("s"):
+            closes = True  # the brothers ' house
+        elif word in QUOTES:
+            closes = word in open_quotes
+            opens = not closes
+            open_quotes ^= {word}
+        joined += (" " if space_before and not closes else "") + INNER.get(word, word)
+        space_before = not opens
+    return joined
 
 
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
-    """Ids of the prompt; unknown words become `<unk>`, with a warning, if there are known ones too."""
+    """Return the ids of the prompt's words.
+
+    If the vocabulary lacks a word, the prompt's punctuation is separated as in the model's corpus. Words that
+    are still unknown become `<unk>`, with a warning.
+
+    Raises:
+        UserError: there are unknown words, and either no known ones or no `<unk>` in the vocabulary.
+    """
+
+    def unknown(words: list[str]) -> list[str]:
+        return [word for word in dict.fromkeys(words) if word not in vocabulary.index]
+
     words = prompt.split()
-    unknown = [word for word in dict.fromkeys(words) if word not in vocabulary.index]
-    if unknown and UNK in vocabulary.index and len(unknown) < len(set(words)):
-        console.warn(f"not in the model's vocabulary, read as {UNK}: {' '.join(unknown)}")
+    if unknown(words):
+        lower = all(word == word.lower() for word in vocabulary.words)
+        separated = data_utils.separate_punctuation(prompt, lower).split()
+        if len(unknown(separated)) < len(unknown(words)):
+            words = separated
+            console.warn(f"the prompt has words that are not in the vocabulary; read as: {' '.join(words)}")
+    replaced = unknown(words)
+    if replaced and UNK in vocabulary.index and len(replaced) < len(set(words)):
+        console.warn(f"not in the model's vocabulary, read as {UNK}: {' '.join(replaced)}")
         return vocabulary.encode(words, allow_unknown=True)
     return vocabulary.encode(words)
 
 
 def find_model(args: argparse.Namespace) -> Path:
-    """The checkpoint to use; says which when the user did not."""
+    """Return the checkpoint to use; print which one if the user named none."""
     if args.checkpoint is not None:
         return lm_training.find_checkpoint(args.checkpoint)
     run = runs.newest_run(args.runs_folder, lm_training.SCRIPTS)
@@ -220,25 +264,25 @@ def find_model(args: argparse.Namespace) -> Path:
             f"no trained model: no run of a language model in {args.runs_folder} has a best.pt. "
             "Train one first (python train_rmc.py), or name one with --checkpoint."
         )
-    print(f"checkpoint: {run / 'best.pt'}, the newest of a language model in {args.runs_folder}")
+    console.say(f"checkpoint: {run / 'best.pt'}, the newest of a language model in {args.runs_folder}")
     return run / "best.pt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit status."""
+    """Run the script and return its exit status."""
     args = build_parser().parse_args(argv)
     if args.data is not None:
-        print("--data is ignored: the vocabulary comes with the checkpoint")
+        console.say("--data is ignored: the checkpoint holds the vocabulary")
     path = find_model(args)
-    if args.outf != "-" and (Path(args.outf).is_dir() or not Path(args.outf).absolute().parent.is_dir()):
-        raise UserError(f"--outf must be a file in a folder that is there, got {args.outf}.")
+    if args.outf != "-":
+        files.check_writable(args.outf)
     device = devices.choose_device(args.cuda, args.threads)
     model, vocabulary = lm_training.load_model(checkpoints.load_checkpoint(path), device)
     prompt = encode_prompt(args.prompt, vocabulary)
     banned = [vocabulary.index[UNK]] if args.no_unk and UNK in vocabulary.index else []
     if len(banned) == len(vocabulary):
-        raise UserError(f"--no-unk leaves nothing to write: {UNK} is the only word of this model.")
-    # A text begins where a line has ended.
+        raise UserError(f"--no-unk leaves no words: {UNK} is the only word of this model. Omit --no-unk.")
+    # A text starts after the end of a line; without <eos> and prompt, after the first word of the vocabulary.
     start = ([vocabulary.index[EOS]] if EOS in vocabulary.index else [] if prompt else [0]) + prompt
     generator = torch.Generator(device).manual_seed(args.seed)
 
@@ -255,11 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         ids = generate(model, start, args.samples, args.words, choose_next, tick).tolist()
     texts = [to_text(vocabulary.decode(prompt + row)) for row in ids]
+    if args.detokenize:
+        texts = [join_punctuation(text) for text in texts]
     if args.samples > 1:
         texts = [f"=== sample {number} ===\n{text}" for number, text in enumerate(texts, 1)]
     text = "\n\n".join(texts) + "\n"
-    with contextlib.suppress(AttributeError):  # whatever the terminal's encoding, the words are UTF-8
-        sys.stdout.reconfigure(encoding="utf-8")
     if args.outf == "-":
         print(text, end="")
     else:

@@ -1,1 +1,1 @@
-"""What the language models are built from, besides the relational memory core."""
+"""Parts of the language models other than the recurrent core."""

@@ -1,16 +1,20 @@
-"""Output layers of the language models: full and adaptive softmax, one interface, and no [tokens, V] logits.
+"""Output layers of the language models: full and adaptive softmax with one interface.
+
+Neither holds the logits of all tokens, (n, V), at once.
 
 Shapes: n tokens (batch and time flattened), E embedding_size, V vocab_size. Losses are in nats, summed over
-the targets that count: a target below 0 is padding, it costs nothing and has no gradient.
+the targets. A target below 0 is padding: it adds no loss and has no gradient.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows of logits that exist at once: enough for a fast product; on a CPU few enough to stay in the cache.
-# A GPU has no such cache, and every chunk reads the whole weight twice, and reads and writes its gradient:
-# there the number weighs this traffic against the memory that the logits take.
+# Rows of logits computed at once, by device type. On a CPU: enough for a fast product, few enough for the
+# cache. On a GPU every chunk reads the whole weight twice and reads and writes its gradient, so larger chunks
+# save time and cost memory.
 CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
 
 
@@ -20,15 +24,15 @@ class FullSoftmax(nn.Module):
     Args:
         embedding_size: features E of the hidden vectors.
         vocab_size: number of words V.
-        tied_weight: the embedding's weight (V, E), to share it (Press & Wolf 2017, arXiv:1608.05859), or None
-            for a weight of its own.
+        tied_weight: the embedding's weight (V, E), to share it (Press & Wolf 2017, arXiv:1608.05859); None
+            creates a separate weight.
     """
 
     def __init__(self, embedding_size: int, vocab_size: int, tied_weight: nn.Parameter | None = None):
         super().__init__()
         if tied_weight is None:
             tied_weight = nn.Parameter(torch.empty(vocab_size, embedding_size))
-            # Small enough that the first prediction is near uniform: the first loss is then near ln V.
+            # Small weights predict nearly uniformly, so the first loss is near ln V.
             nn.init.uniform_(tied_weight, -0.1, 0.1)
         elif tuple(tied_weight.shape) != (vocab_size, embedding_size):
             raise ValueError(
@@ -38,39 +42,38 @@ class FullSoftmax(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
+        """Return the sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
         return linear_cross_entropy(hidden, self.weight, self.bias, targets)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities of all words, (n, E) -> (n, V)."""
+        """Return the log-probabilities of all words, (n, E) -> (n, V)."""
         return _widened(F.linear(hidden, self.weight, self.bias)).log_softmax(dim=-1)
 
 
 class AdaptiveSoftmax(nn.Module):
     """Adaptive softmax (Grave et al. 2017, arXiv:1609.04309): frequent words first, rare ones in clusters.
 
-    Word ids must be sorted by frequency. The head holds the cutoffs[0] most frequent words and one entry per
-    cluster; cluster i holds the words from cutoffs[i] up to the next cutoff, behind a projection to
-    E / div_value ** (i + 1) features. The parameters are those of
-    torch.nn.AdaptiveLogSoftmaxWithLoss(head_bias=True), under the same names.
+    Word ids must be sorted by descending frequency. The head scores the cutoffs[0] most frequent words and
+    one entry per cluster. Cluster i scores the words from cutoffs[i] up to the next cutoff, from a projection
+    to E / div_value ** (i + 1) features. The parameters have the names and shapes of
+    torch.nn.AdaptiveLogSoftmaxWithLoss(head_bias=True).
 
     Args:
         embedding_size: features E of the hidden vectors.
         vocab_size: number of words V.
         cutoffs: increasing ids at which clusters begin, all between 1 and V - 1.
-        div_value: factor by which each further cluster's projection shrinks.
+        div_value: factor by which the projection shrinks from cluster to cluster.
 
     Raises:
-        ValueError: cutoffs that are not increasing or reach beyond the vocabulary.
+        ValueError: the cutoffs are not increasing or not below the vocabulary size.
     """
 
     def __init__(self, embedding_size: int, vocab_size: int, cutoffs: list[int], div_value: float = 4.0):
         super().__init__()
         cutoffs = list(cutoffs)
-        whole = all(isinstance(cutoff, int) for cutoff in cutoffs)
         bounds = [0, *cutoffs, vocab_size]
-        increasing = whole and all(low < high for low, high in zip(bounds, bounds[1:], strict=False))
-        if not cutoffs or not increasing:
+        valid = bool(cutoffs) and all(isinstance(cutoff, int) for cutoff in cutoffs)
+        if not (valid and all(low < high for low, high in itertools.pairwise(bounds))):
             suggestion = " ".join(map(str, choose_cutoffs(vocab_size)))
             raise ValueError(
                 "cutoffs must be increasing whole numbers, above 0 and below the vocabulary size "
@@ -78,10 +81,10 @@ class AdaptiveSoftmax(nn.Module):
             )
         self.cutoffs = cutoffs
         self.bounds = list(zip(cutoffs, [*cutoffs[1:], vocab_size], strict=True))
-        # The same where the targets are, to compare them with; no weight, so not in checkpoints.
+        # On the targets' device, to compare them with; not in checkpoints.
         self.register_buffer("starts", torch.tensor(cutoffs), persistent=False)
         self.head = nn.Linear(embedding_size, cutoffs[0] + len(self.bounds))
-        # An entry that stands for many words starts with their share: every word starts out equally likely.
+        # A cluster's entry starts with its number of words: all words start out equally likely.
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
             self.head.bias[cutoffs[0] :] = torch.tensor([high - low for low, high in self.bounds]).log()
@@ -95,22 +98,22 @@ class AdaptiveSoftmax(nn.Module):
             )
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
+        """Return the sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
         # 0 for a word of the head (and for padding), i + 1 for one of cluster i.
         part = torch.bucketize(targets.contiguous(), self.starts, right=True)
-        # How many rows each cluster gets is in the data: the one moment at which the host waits for a GPU.
+        # The number of rows per cluster depends on the data: here the host waits for a GPU.
         counts = (part.unsqueeze(1) == torch.arange(len(self.bounds) + 1, device=part.device)).sum(0).tolist()
         _, *rows_of = part.argsort(stable=True).split(counts)
         nats = _widened(hidden.new_zeros(()))
         for (project, score), (low, _), rows in zip(self.tail, self.bounds, rows_of, strict=True):
-            # Without a target here the sum is over nothing, yet the cluster stays in the graph: its gradient
-            # is zero, not missing, so that replicas and optimisers treat all parameters alike.
+            # A cluster without targets stays in the graph: its gradient is then zero instead of None, which
+            # replicas and optimisers need.
             nats = nats + linear_cross_entropy(project(hidden[rows]), score.weight, None, targets[rows] - low)
         head_targets = torch.where(part > 0, self.cutoffs[0] + part - 1, targets)
         return nats + linear_cross_entropy(hidden, self.head.weight, self.head.bias, head_targets)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities of all words, (n, E) -> (n, V)."""
+        """Return the log-probabilities of all words, (n, E) -> (n, V)."""
         head = _widened(self.head(hidden)).log_softmax(dim=-1)
         parts = [head[:, : self.cutoffs[0]]]
         for cluster, tail in enumerate(self.tail):
@@ -120,12 +123,12 @@ class AdaptiveSoftmax(nn.Module):
 
 
 def choose_cutoffs(vocab_size: int) -> list[int]:
-    """Cutoffs that fit a vocabulary whose word frequencies fall roughly as 1 / rank: 3, 15 and 60 % of it.
+    """Return cutoffs for word frequencies that fall roughly as 1 / rank: 3, 15 and 60 % of the vocabulary.
 
-    Near 1000, 5000 and 20000 for WikiText-2. Fewer clusters where the vocabulary is small; at least one.
+    For WikiText-2 these are 1000, 5000 and 20000. A vocabulary below 5000 words gets one cutoff.
 
     Raises:
-        ValueError: fewer than two words, which cannot be divided.
+        ValueError: fewer than two words.
     """
     if vocab_size < 2:
         raise ValueError(f"adaptive softmax needs at least 2 words, got {vocab_size}")
@@ -134,7 +137,7 @@ def choose_cutoffs(vocab_size: int) -> list[int]:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """In float32 at least: sums of exponentials lose too much in less."""
+    """Return x in float32 or wider, as sums of exponentials need."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -143,15 +146,23 @@ def _two_digits(number: float) -> int:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats of softmax(hidden @ weight.T + bias), the logits never held whole.
+    """Return the summed cross-entropy in nats of softmax(hidden @ weight.T + bias), computed in chunks.
 
-    hidden (n, E), weight (V, E), bias (V,) or None, targets (n,) with values below 0 ignored; gives a scalar.
-    The gradients are made in the forward pass, `chunk_rows` rows of logits at a time: the logits of the whole
-    window would be its largest array by far. `plain_linear_cross_entropy` says the same without chunks. Under
-    autocast the products are of the lower precision, the softmax and the sums are not.
+    The gradients are computed in the forward pass, CHUNK_ROWS rows of logits at a time, because the logits of
+    a whole window would be by far its largest array. `plain_linear_cross_entropy` is the same function
+    without chunks. Under autocast the products have the lower precision; the softmax and the sums do not.
+
+    Args:
+        hidden: (n, E).
+        weight: (V, E).
+        bias: (V,) or None.
+        targets: (n,); values below 0 are ignored.
+
+    Returns:
+        A scalar.
 
     Raises:
-        RuntimeError: in the backward pass, when a second derivative is asked for.
+        RuntimeError: in a backward pass with create_graph=True.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -165,14 +176,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Rows of logits that are held at once on such a device."""
+    """Return the number of rows of logits that are computed at once on a device."""
     return CHUNK_ROWS.get(device.type, CHUNK_ROWS["cpu"])
 
 
 def plain_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> Tensor:
-    """The readable reference of linear_cross_entropy: all logits at once, gradients by autograd."""
+    """Compute linear_cross_entropy the readable way: all logits at once, gradients by autograd."""
     logits = F.linear(hidden, weight, bias)
     return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
 
@@ -188,19 +199,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_nats):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "linear_cross_entropy has no second derivative; plain_linear_cross_entropy has one"
+                "linear_cross_entropy has no second derivative. Use plain_linear_cross_entropy."
             )
         gradients = (None if g is None else g * grad_nats.to(g.dtype) for g in ctx.saved_tensors)
         return *gradients, None
 
 
 def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
-    """Summed nats and, if asked for, its gradients by hidden, weight and bias."""
+    """Return the summed nats and, on demand, its gradients with respect to hidden, weight and bias."""
     full = torch.promote_types(hidden.dtype, torch.float32)
     nats = torch.zeros((), dtype=full, device=hidden.device)
     counted = (targets >= 0).to(full).unsqueeze(1)
     labels = targets.clamp(min=0).unsqueeze(1)
-    # One buffer for the scores of all chunks: fresh memory for each would cost as much as the softmax itself.
+    # One buffer for the scores of all chunks: allocating each would take as long as the softmax.
     size = chunk_rows(hidden.device)
     buffer = torch.empty(min(size, hidden.size(0)), weight.size(0), dtype=full, device=hidden.device)
     if with_gradients:
@@ -214,14 +225,14 @@ def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
         if with_gradients and scores.device.type == "cpu":
             logs, probabilities = _softmax_at_once(scores, label, chunk, weight, bias)
         else:
-            # In place where the kernel is known to read a row before it writes it.
+            # In place on a CPU only, whose kernel reads a row before it writes it.
             scores = torch.log_softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
             logs = scores.gather(1, label)
             probabilities = scores.exp_() if with_gradients else None
         nats -= (logs * counts).sum()
         if with_gradients:
-            # d nats / d scores = softmax(scores) - onehot(label) in rows that count. The others are masked
-            # on the side of the hidden vectors, which is so much smaller.
+            # d nats / d scores = softmax(scores) - onehot(label). Ignored rows are masked in the hidden
+            # vectors, which are much smaller than the scores.
             errors = probabilities.scatter_add_(1, label, scores.new_full((), -1.0).expand_as(label))
             errors = errors.to(weight.dtype)
             counts = counts.to(weight.dtype)
@@ -235,16 +246,15 @@ def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
     return nats, ((grad_hidden, grad_weight.to(weight.dtype), grad_bias) if with_gradients else None)
 
 
-# Below it a probability is too near to the smallest number of its type for a logarithm.
-_FADED = 1e-30
+_FADED = 1e-30  # smaller probabilities are near underflow, and their logarithm is inexact
 
 
 def _softmax_at_once(scores, label, chunk, weight, bias):
-    """The labels' log-probabilities (n, 1), and all probabilities in the place of the scores, (n, V).
+    """Return the labels' log-probabilities (n, 1) and all probabilities (n, V), which overwrite the scores.
 
-    The exponentials, which on a CPU take longer than anything else but the products, are made once and not
-    twice: the logarithm is taken of the labels' probabilities alone. Where one has faded, its row's scores
-    are made anew; to look for such rows would make a GPU wait.
+    On a CPU the exponentials take longer than anything but the products. They are computed once, and the
+    logarithm is taken of the labels' probabilities only. Rows where one has faded are computed again; looking
+    for these rows would make a GPU wait, so a GPU takes the plain way.
     """
     probabilities = torch.softmax(scores, dim=1, out=scores)
     picked = probabilities.gather(1, label)
@@ -257,7 +267,7 @@ def _softmax_at_once(scores, label, chunk, weight, bias):
 
 
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """hidden @ weight.T + bias, written to out, which may be of a higher precision."""
+    """Write hidden @ weight.T + bias to out, which may have a higher precision."""
     if hidden.dtype != out.dtype:
         out.copy_(hidden @ weight.t())
         return out if bias is None else out.add_(bias)

@@ -8,23 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import train_nth_farthest as script
-from nth_farthest import (
-    NthFarthestModel,
-    accuracy_by_rank,
-    is_correct,
-    loss_and_correct,
-    make_batch,
-    question_of,
-)
+from nth_farthest import NthFarthestModel, loss_and_correct, make_batch
 from training import checkpoints, console, cuda_graphs, devices, runs
 from training.cuda_graphs import CapturedStep
 
@@ -45,10 +36,6 @@ TINY += [
     "1",
 ]
 TINY += ["--log-interval", "5"]
-
-
-def batch(B, K, D, seed=3):
-    return make_batch(B, K, D, torch.Generator().manual_seed(seed))
 
 
 def tiny_model(**options):
@@ -74,270 +61,13 @@ def no_pictures(request, monkeypatch):
         monkeypatch.setattr(script, "draw_attention", lambda *arguments: None)
 
 
-# ---- the generator
+# ---- flags
 
 
-@pytest.mark.parametrize(("K", "D"), [(8, 16), (3, 1), (5, 2), (2, 3)])
-def test_targets_equal_a_slow_obvious_loop(K, D):
-    inputs, targets = batch(300, K, D)
-    assert inputs.shape == (300, K, 3 * K + D) and inputs.dtype == torch.float32
-    assert targets.shape == (300,) and targets.dtype == torch.int64
-    for sequence, target in zip(inputs.double().numpy(), targets.tolist(), strict=True):
-        vector_of, n, m = {}, None, None
-        for step in sequence:  # (vector; label; n; m)
-            vector, label = step[:D], list(step[D : D + K])
-            n, m = list(step[D + K : D + 2 * K]), list(step[D + 2 * K :])
-            vector_of[label.index(1.0)] = vector
-        n, m = n.index(1.0), m.index(1.0)
-        distance_of = {
-            label: math.sqrt(sum((a - b) ** 2 for a, b in zip(vector, vector_of[m], strict=True)))
-            for label, vector in vector_of.items()
-        }
-        from_far_to_near = sorted(distance_of, key=lambda label: -distance_of[label])
-        assert from_far_to_near[n] == target
-
-
-@pytest.mark.parametrize(("k", "d"), [(2, 1), (3, 5), (4, 2), (6, 5)])
-def test_easier_examples_equal_a_slow_obvious_loop(k, d):
-    """Missing vectors stand farther away than any other: the question is about those that are there."""
-    B, K, D = 300, 6, 5
-    inputs, targets = make_batch(B, K, D, torch.Generator().manual_seed(3), shown=torch.tensor([k, d]))
-    assert inputs.shape == (B, K, 3 * K + D) and inputs.dtype == torch.float32
-    asked = set()
-    for sequence, target in zip(inputs.double().numpy(), targets.tolist(), strict=True):
-        vector_of, missing = {}, 0
-        for number, step in enumerate(sequence):  # (vector; label; n; m)
-            vector, label = step[:D], list(step[D : D + K])
-            if number < K - k:
-                assert not vector.any() and not any(label)
-                missing += 1
-            else:
-                assert vector[:d].all() and not vector[d:].any()
-                vector_of[label.index(1.0)] = vector
-            n, m = list(step[D + K : D + 2 * K]).index(1.0), list(step[D + 2 * K :]).index(1.0)
-        distance_of = {
-            label: math.sqrt(sum((a - b) ** 2 for a, b in zip(vector, vector_of[m], strict=True)))
-            for label, vector in vector_of.items()
-        }
-        from_far_to_near = [None] * missing + sorted(distance_of, key=lambda label: -distance_of[label])
-        assert from_far_to_near[n] == target
-        asked.add((n, list(vector_of).index(m)))
-    assert asked == {(n, position) for n in range(K - k, K) for position in range(k)}
-
-
-def test_questions_about_easier_examples_are_uniform():
-    B, K = 60_000, 5
-    inputs, targets = make_batch(B, K, 2, torch.Generator().manual_seed(3), shown=torch.tensor([3, 2]))
-    n, m = question_of(inputs, K)
-    position = inputs[:, :, 2 : 2 + K].gather(2, m.view(B, 1, 1).expand(B, K, 1)).squeeze(2).argmax(dim=1)
-    pairs = torch.bincount(n * K + position, minlength=K * K).view(K, K) / B
-    assert (pairs[2:, 2:] - 1 / 9).abs().max() < 0.008 and pairs.count_nonzero() == 9
-    for labels in (m, targets):
-        assert (torch.bincount(labels, minlength=K) / B - 1 / K).abs().max() < 0.01
-
-
-def test_every_step_holds_one_label_and_the_same_question():
-    K, D = 5, 2
-    inputs, _ = batch(200, K, D)
-    vectors, labels, n, m = inputs.split([D, K, K, K], dim=2)
-    assert vectors.min() >= -1 and vectors.max() < 1 and vectors.min() < -0.98 and vectors.max() > 0.98
-    for one_hot in (labels, n, m):
-        assert set(one_hot.unique().tolist()) == {0.0, 1.0}
-        assert (one_hot.sum(dim=2) == 1).all()
-    assert (labels.sum(dim=1) == 1).all()  # without replacement: each label once per sequence
-    for question in (n, m):
-        assert (question == question[:, :1]).all()
-    assert torch.equal(question_of(inputs, K)[0], n[:, 0].argmax(1))
-    assert torch.equal(question_of(inputs, K)[1], m[:, 0].argmax(1))
-
-
-def test_labels_positions_and_question_are_independent_and_uniform():
-    B, K, D = 60_000, 4, 1
-    inputs, targets = batch(B, K, D)
-    labels = inputs[:, :, D : D + K]
-    n, m = question_of(inputs, K)
-    tables = {
-        "label at each position": labels.mean(0),  # position x label
-        "n and m": torch.bincount(n * K + m, minlength=K * K).view(K, K) / B * K,
-        "m and position": torch.stack([labels[m == k, :, k].mean(0) for k in range(K)]),
-        "answer": torch.bincount(targets, minlength=K) / B,
-        "first vector's place given its label": torch.stack(
-            [(inputs[:, 0, 0] * labels[:, 0, k]).sum() / labels[:, 0, k].sum() for k in range(K)]
-        )
-        + 1 / K,
-    }
-    for name, table in tables.items():
-        assert (table - 1 / K).abs().max() < 0.02, name  # 6 standard deviations and more
-
-
-def test_batches_depend_on_their_generator_alone():
-    generator = torch.Generator().manual_seed(3)
-    before = torch.get_rng_state()
-    first, second = make_batch(7, 3, 2, generator), make_batch(7, 3, 2, generator)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(first[0], second[0])
-    torch.manual_seed(12345)
-    again = torch.Generator().manual_seed(3)
-    for expected in (first, second):
-        for ours, theirs in zip(make_batch(7, 3, 2, again), expected, strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def test_the_nearest_is_the_reference_itself():
-    K = 5
-    inputs, targets = batch(400, K, 3)
-    n, m = question_of(inputs, K)
-    assert torch.equal(targets[n == K - 1], m[n == K - 1])
-    assert (targets[n < K - 1] != m[n < K - 1]).all()
-
-
-def test_knowing_only_that_scores_the_plateau():
-    K = 8
-    inputs, targets = batch(80_000, K, 2)
-    n, m = question_of(inputs, K)
-    other_than_m = (m + torch.randint(1, K, m.shape, generator=torch.Generator().manual_seed(0))) % K
-    score = (torch.where(n == K - 1, m, other_than_m) == targets).float().mean()
-    assert abs(score - 2 / K) < 0.01
-
-
-def test_fault_2_generation_is_a_small_part_of_a_training_step():
-    """A fault of the 2018 port: examples were generated one by one in NumPy."""
-    B, K, D = 100, 8, 16
-    model = NthFarthestModel(K, D)
-    generator = torch.Generator().manual_seed(1)
-
-    def best_of(repeats, work):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    def step():
-        inputs, targets = batch(B, K, D)
-        loss_and_correct(model(inputs), targets)[0].backward()
-
-    assert best_of(5, lambda: make_batch(B, K, D, generator)) < 0.1 * best_of(1, step)
-
-
-# ---- the models
-
-
-def test_defaults_are_the_papers():
-    model = NthFarthestModel()
-    core = model.core
-    assert (core.mem_slots, core.num_heads, core.head_size, core.key_size) == (8, 8, 32, 32)
-    assert (core.num_blocks, core.attention_mlp_layers, core.input_size) == (1, 2, 40)
-    assert core.output_size == 2048
-    widths = [layer.in_features for layer in model.head if isinstance(layer, torch.nn.Linear)]
-    assert widths == [2048, 256, 256, 256, 256] and model.head[-1].out_features == 8
-    assert sum(isinstance(layer, torch.nn.ReLU) for layer in model.head) == 4
+def test_default_flags_are_the_papers():
     args = script.build_parser().parse_args([])
     assert (args.lr, args.batch_size, args.num_vectors, args.num_dims, args.clip) == (1e-4, 1600, 8, 16, 0.1)
-    assert script.build_model(args).config == {**model.config, "key_size": None}
-
-
-def test_fault_2_loss_takes_logits_not_probabilities():
-    """A fault of the 2018 port: softmax before cross-entropy, which bounds the loss away from 0."""
-    inputs, targets = batch(13, 3, 2)
-    model = tiny_model()
-    logits = model(inputs).detach() * 50  # far from uniform, where one softmax more shows
-    exponentials = np.exp(logits.double().numpy())
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-    expected = -np.log(probabilities[np.arange(13), targets.numpy()]).mean()
-    loss, correct = loss_and_correct(logits, targets)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert correct.item() == (probabilities.argmax(axis=1) == targets.numpy()).sum()
-    assert not torch.allclose(model(inputs).exp().sum(1), torch.ones(13))
-    assert not torch.allclose(model(inputs).sum(1), torch.ones(13))
-
-
-@pytest.mark.parametrize("kind", ["rmc", "lstm"])
-def test_fault_2_a_few_examples_are_learned_to_zero_loss(kind):
-    """The same fault from end to end: with a second softmax the loss of 3 classes cannot fall below 0.55."""
-    inputs, targets = batch(8, 3, 2)
-    model = tiny_model(model=kind, head_layers=2, head_units=32)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        loss, _ = loss_and_correct(model(inputs), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.05
-
-
-@pytest.mark.parametrize("kind", ["rmc", "lstm"])
-def test_the_answer_depends_on_every_step_and_on_its_own_sequence_only(kind):
-    inputs, _ = batch(4, 3, 2)
-    model = tiny_model(model=kind).double()
-    inputs = inputs.double().requires_grad_()
-    (gradient,) = torch.autograd.grad(model(inputs)[1].square().sum(), inputs)
-    assert (gradient[1].abs().sum(dim=1) > 0).all()
-    assert (gradient[[0, 2, 3]] == 0).all()
-
-
-def test_the_lstm_has_the_same_head():
-    rmc, lstm = NthFarthestModel(8, 16), NthFarthestModel(8, 16, model="lstm", hidden_size=2048)
-    assert [p.shape for p in rmc.head.parameters()] == [p.shape for p in lstm.head.parameters()]
-    assert isinstance(lstm.core, torch.nn.LSTM) and lstm.core.hidden_size == 2048
-
-
-def test_scales_reach_coordinates_and_initial_memory_and_nothing_else():
-    inputs, _ = batch(4, 3, 2)
-    model = tiny_model(input_scale=3.0, memory_scale=8.0)
-    assert torch.equal(model.scaled(inputs)[..., :2], 3 * inputs[..., :2])
-    assert torch.equal(model.scaled(inputs)[..., 2:], inputs[..., 2:])
-    assert torch.equal(model.initial_memory(4), 8 * model.core.initial_state(4))
-    plain = tiny_model()
-    assert torch.equal(plain.scaled(inputs), inputs)
-    assert torch.equal(plain.initial_memory(4), plain.core.initial_state(4))
-    output, _ = model.core(model.scaled(inputs), model.initial_memory(4))
-    assert torch.equal(model(inputs), model.head(output))
-
-
-def test_attention_is_that_of_the_forward_pass():
-    inputs, _ = batch(4, 3, 2)
-    model = tiny_model(memory_scale=2.0)
-    attention = model.attention(inputs)
-    assert attention.shape == (4, 3, 2, 5, 5)  # steps, heads, 4 slots and the input row
-    torch.testing.assert_close(attention.sum(-1), torch.ones(4, 3, 2, 5))
-    memory = model.initial_memory(4)
-    for step in range(3):
-        memory, details = model.core.step(inputs[:, step], memory, return_details=True)
-        assert torch.equal(attention[:, step], details.attention[0])
-
-
-def test_accuracy_by_rank():
-    n = torch.tensor([0, 0, 1, 2, 2, 2])
-    correct = torch.tensor([True, False, False, True, True, True])
-    by_rank = accuracy_by_rank(correct, n, 4)
-    assert by_rank[:3] == [0.5, 0.0, 1.0] and math.isnan(by_rank[3])
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.0, True, None])
-@pytest.mark.parametrize("name", ["num_vectors", "num_dims", "hidden_size", "head_layers", "head_units"])
-def test_sizes_are_checked(name, value):
-    sizes = {"num_vectors": 3, "num_dims": 2, "hidden_size": 6, "head_layers": 2, "head_units": 7}
-    with pytest.raises(ValueError, match=f"^{name} must be an integer of at least 1, got {value}"):
-        NthFarthestModel(**{**sizes, name: value}, model="lstm")
-
-
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "3", True, None])
-@pytest.mark.parametrize("name", ["input_scale", "memory_scale"])
-def test_scales_are_checked(name, value):
-    with pytest.raises(ValueError, match=f"^{name} must be a finite number above 0, got {value!r}"):
-        tiny_model(**{name: value})
-
-
-def test_judging_in_pieces_changes_nothing():
-    inputs, targets = batch(50, 3, 2)
-    model = tiny_model()
-    whole = model(inputs).argmax(1) == targets
-    assert torch.equal(is_correct(model, inputs, targets, 7), whole)
-
-
-# ---- flags
+    assert script.build_model(args).config == NthFarthestModel().config
 
 
 @pytest.mark.parametrize(

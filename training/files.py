@@ -3,40 +3,84 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-# ---- files
+from training.console import UserError
+
+# Errors of fsync on file systems that have none, such as some network mounts.
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
-def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file so that `path` is at every moment absent, the old whole file or the new whole file.
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that `path` is at every moment absent, the old whole file or the new whole file.
+
+    A symbolic link stays, and its target is replaced. What exists and is not a regular file (a device, a
+    FIFO, /dev/stdout, a shell's process substitution) is opened and written directly.
 
     Args:
         path: file to write; its folder must exist.
-        write: called with a binary file open for writing, in the same folder.
+        write: called with a binary file open for writing.
 
     Raises:
-        whatever `write` or the file system raises; the temporary file is removed, `path` is as before.
+        Any exception of `write` or the file system; the temporary file is removed and `path` is unchanged.
     """
-    path = Path(path)
+    try:
+        if _is_special(path):
+            with open(path, "wb") as file:
+                write(file)
+        else:
+            _replace(Path(os.path.realpath(path)), write)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk has no file name
+        raise
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files for the owner's eyes only; give this one the mode that open() would have given.
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NO_FSYNC:
+                    raise
+        # mkstemp makes files that only their owner can read; open() would have given this mode.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
+    with contextlib.suppress(OSError):  # Windows cannot open a folder
+        _sync_folder(path.parent)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise UserError if atomic_write could not write to `path`; to be called before long work."""
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not _is_special(path):
+            with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
+                return
+        if not os.access(path, os.W_OK):  # opening a FIFO would end its reader's input
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Give a file in an existing folder that you can write to."
+        ) from None
+
+
+def _is_special(path: str | Path) -> bool:
+    # Not by the resolved path: for /dev/stdout on a pipe that would be a name that does not exist.
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _umask() -> int:
@@ -46,10 +90,9 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut, where the system can (not on Windows)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,108 @@
+"""Files that are whole or absent, links and devices, and the check before long work."""
+
+import errno
+import os
+import stat
+import threading
+
+import pytest
+
+from training import files
+from training.console import UserError
+
+
+def write(path, text=b"new"):
+    files.atomic_write(path, lambda file: file.write(text))
+
+
+def test_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half")
+        assert path.read_bytes() == b"old"
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        files.atomic_write(path, fail)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    write(path)
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+    (tmp_path / "plain").write_bytes(b"")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    link.symlink_to(os.path.join("folder", "target"))
+    for text in (b"created", b"replaced"):
+        files.check_writable(link)
+        write(link, text)
+        assert link.is_symlink() and target.read_bytes() == text
+    assert os.listdir(tmp_path / "folder") == ["target"]
+
+
+# Only FIFOs and pipes: run by root, broken code would replace a device such as /dev/null.
+
+
+def test_fifo_is_written_directly(tmp_path):
+    fifo, got = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()), daemon=True)
+    files.check_writable(fifo)  # does not wait for a reader
+    reader.start()
+    write(fifo)
+    reader.join(timeout=10)
+    assert got == [b"new"] and stat.S_ISFIFO(fifo.stat().st_mode)
+    files.check_writable(os.devnull)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="needs /dev/fd")
+def test_pipe_of_a_process_substitution_is_written_directly():
+    readable, writable = os.pipe()
+    path = f"/dev/fd/{writable}"
+    files.check_writable(path)
+    write(path)
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as caught:
+        files.atomic_write(path, full)
+    assert caught.value.filename == path
+    os.close(writable)
+    with os.fdopen(readable, "rb") as pipe:
+        assert pipe.read() == b"new"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO, errno.ENOSPC])
+def test_missing_fsync_is_ignored_and_its_failure_is_not(tmp_path, monkeypatch, code):
+    def fsync(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if code in (errno.EIO, errno.ENOSPC):
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "file")
+        assert caught.value.filename == str(tmp_path / "file") and os.listdir(tmp_path) == []
+    else:
+        write(tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_check_writable_names_the_path_and_leaves_nothing(tmp_path, monkeypatch):
+    files.check_writable(tmp_path / "file")
+    monkeypatch.chdir(tmp_path)
+    files.check_writable("file")
+    (tmp_path / "old").write_bytes(b"old")
+    for path, reason in [
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none" / "file", "No such file or directory"),
+        (tmp_path / "old" / "file", "Not a directory"),
+        ("/proc/file", "."),
+    ]:
+        with pytest.raises(UserError, match=f"cannot write {path}: .*{reason}.*Give a file"):
+            files.check_writable(path)
+    assert os.listdir(tmp_path) == ["old"]
