@@ -1,17 +1,17 @@
 """Write data/tiny: small stories whose best possible perplexity is known exactly.
 
-    python data/make_tiny.py            rewrite train.txt, valid.txt, test.txt and entropy.json
-    python data/make_tiny.py --check    verify that the files are byte for byte what this script makes
+    python data/make_tiny.py            write train.txt, valid.txt, test.txt and entropy.json
+    python data/make_tiny.py --check    check that the files are byte for byte those of this script
 
-Each story has two children, a thing that one of them has, and an order (one is older, taller ...). Once this
-is told, many words are forced by RELATIONS: who has the thing (also after it was given away), who the younger
-child is, whose name comes back. Everything else is a free choice with known weights.
+Each story has two children, a thing that one of them owns, and an order (one is older, taller ...). After the
+first sentences, many words are determined by RELATIONS: who has the thing, also after it was given away;
+which child is the younger one; who the other child is. Everything else is a random choice with known weights.
 
-Why the entropy is exact. A story is told from left to right, and every choice is the choice of the next
-words: the text shows each choice as it is made and nothing stays hidden. The probability of a word given
-all words before it is then the share of the weight of the options that fit the words told so far
-(`Teller.pick`); -log of it, averaged over a file, is the loss of a reader who knows this script by heart.
-No model can expect to do better.
+Why the entropy is exact: a story is written from left to right, and each random choice is the choice of the
+next words. The text shows every choice, so nothing stays hidden. The probability of a word given all words
+before it is the share of the weights of those options that begin with the words written so far
+(`Teller.pick`). Its negative logarithm, averaged over a file, is the loss of a reader who knows this script.
+No model can be expected to do better.
 """
 
 from __future__ import annotations
@@ -19,36 +19,30 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "tiny"
-EOS = "<eos>"  # stands for the end of a line; never written to the files
+EOS = "<eos>"  # the end of a line; not written to the files
 END = f". {EOS}"
-SPLITS = {"train": (1, 150_000), "valid": (2, 15_000), "test": (3, 15_000)}  # seed, least number of tokens
+SPLITS = {"train": (1, 150_000), "valid": (2, 15_000), "test": (3, 15_000)}  # seed, minimum number of tokens
 
 
-def words(listed: str) -> list[str]:
-    return listed.split()
-
-
-GIRLS = words("anna emma lucy")
-BOYS = words("ben jack tom")
-THINGS = words("ball drum kite")
-COLOURS = words("blue golden green red white yellow")
-PLACES = words("bridge castle forest garden lake market mill river tower well")
-WEATHER = words("bright cloudy cold foggy rainy snowy sunny windy")
-TIMES = words("morning noon afternoon evening")
-ANIMALS = words("bear cow crow deer duck fox frog hare horse mouse owl sheep")
-SIZES = words("big fat hungry lazy little quick shy small tired young")
-FEELINGS = words("cheerful clever happy lucky proud sleepy strong warm")
-FOODS = words("apples berries bread cake cheese honey nuts pears plums soup")
+GIRLS = ["anna", "emma", "lucy"]
+BOYS = ["ben", "jack", "tom"]
+THINGS = ["ball", "drum", "kite"]
+COLOURS = ["blue", "golden", "green", "red", "white", "yellow"]
+PLACES = ["bridge", "castle", "forest", "garden", "lake", "market", "mill", "river", "tower", "well"]
+WEATHER = ["bright", "cloudy", "cold", "foggy", "rainy", "snowy", "sunny", "windy"]
+TIMES = ["morning", "noon", "afternoon", "evening"]
+ANIMALS = ["bear", "cow", "crow", "deer", "duck", "fox", "frog", "hare", "horse", "mouse", "owl", "sheep"]
+SIZES = ["big", "fat", "hungry", "lazy", "little", "quick", "shy", "small", "tired", "young"]
+FEELINGS = ["cheerful", "clever", "happy", "lucky", "proud", "sleepy", "strong", "warm"]
+FOODS = ["apples", "berries", "bread", "cake", "cheese", "honey", "nuts", "pears", "plums", "soup"]
 ORDERS = {"older": "younger", "taller": "shorter", "stronger": "weaker", "faster": "slower"}
 
 Options = Mapping[str, int] | Sequence[str]  # phrase -> weight, or phrases of equal weight
@@ -56,10 +50,10 @@ Choose = Callable[[list[int]], int]  # weights -> the index of the chosen option
 
 
 class Teller:
-    """Writes down words, each with its probability given everything told before it.
+    """Record words, each with its probability given all words before it.
 
     Args:
-        choose: decides each choice; receives the weights of the options and returns an index.
+        choose: makes each choice; receives the weights of the options and returns an index.
     """
 
     def __init__(self, choose: Choose):
@@ -67,16 +61,16 @@ class Teller:
         self.words: list[tuple[str, float]] = []
 
     def say(self, phrase: str) -> None:
-        """Tell words that are certain here."""
+        """Add words that are certain at this point."""
         self.words.extend((word, 1.0) for word in phrase.split())
 
     def pick(self, options: Options) -> str:
-        """Choose a phrase, tell it and return it.
+        """Choose a phrase, add its words and return it.
 
-        Phrases may begin alike ("ran to", "ran away"): a word's probability is the weight of all options
-        that agree with the phrase up to and including this word, divided by the weight of those that agree
-        up to the word before. No phrase may be the beginning of another: a reader could not tell that the
-        shorter one had ended.
+        Phrases may share their first words ("ran to", "ran away"). The probability of a word is the weight of
+        all options that agree with the phrase up to this word, divided by the weight of those that agree up
+        to the word before. No phrase may be the beginning of another: a reader could not know that the
+        shorter one has ended.
         """
         weights = weighted(options)
         phrases = [tuple(phrase.split()) for phrase in weights]
@@ -95,29 +89,30 @@ class Teller:
 
 
 def weighted(options: Options) -> dict[str, int]:
+    """Return the weight of each phrase."""
     return dict(options) if isinstance(options, Mapping) else dict.fromkeys(options, 1)
 
 
 class Story:
-    """One story and its state: who is there, who has what, who is older.
+    """One story and its state: the children, the owner of the thing, and the order.
 
-    Between two episodes the state has the same shape (two children, a thing that one has, an order): any
-    episode may follow any other, and offers the same number of choices wherever it comes.
+    The state has the same form before and after each episode. So any episode can follow any other, with the
+    same number of choices.
     """
 
     def __init__(self, teller: Teller):
         self.tell = teller
         self.children: list[str] = []
         self.thing = ""
-        self.owner = ""  # the child who has the thing
+        self.owner = ""  # the child that has the thing
         self.comparative = ""
-        self.first = ""  # the child who is older (taller ...) than the other
+        self.first = ""  # the child that is older (taller ...)
 
     def other(self, child: str) -> str:
         return self.children[1 - self.children.index(child)]
 
     def begin(self) -> None:
-        """Name the children, the thing that one of them has, and their order."""
+        """Write the first three sentences: the children, the thing and the order."""
         tell = self.tell
         tell.say("one")
         tell.pick(WEATHER)
@@ -142,7 +137,7 @@ class Story:
         tell.say(f"than {self.other(self.first)} {END}")
 
     def episode(self) -> bool:
-        """One sentence; returns whether the story goes on."""
+        """Write one sentence; return whether the story continues."""
         tell = self.tell
         opening = tell.pick(
             dict.fromkeys(self.children, 5) | {"who had the": 5, "the": 3, "then": 4, "at last": 3}
@@ -164,9 +159,9 @@ class Story:
         return opening != "at last"
 
     def act(self, child: str) -> None:
-        """What a child does, told from the verb on."""
+        """Write what a child does, after its name."""
         tell = self.tell
-        # As many words and choices for the one as for the other, so that the state keeps its shape.
+        # Owner and other child have the same number of words and choices, as class Story promises.
         play = "played with the" if child == self.owner else "asked for the"
         verb = tell.pick({play: 8, "saw a": 3, "waved to": 3, "felt": 2, "ran to the": 2, "ate": 2})
         if verb == play:
@@ -192,11 +187,11 @@ class Story:
 
 
 def tokens_with_probabilities(seed: int, at_least: int) -> Iterator[tuple[str, float]]:
-    """Tell whole stories until there are `at_least` tokens: (token, its probability given all before it)."""
+    """Yield (token, its probability given all before it) of whole stories, `at_least` tokens in total."""
     generator = random.Random(seed)
 
     def choose(weights: list[int]) -> int:
-        # Only random() gives the same numbers in every version of Python; choices() and shuffle() need not.
+        # Only random() is guaranteed to give the same numbers in all versions of Python.
         point = int(generator.random() * sum(weights))
         return next(index for index, end in enumerate(accumulate(weights)) if point < end)
 
@@ -210,13 +205,15 @@ def tokens_with_probabilities(seed: int, at_least: int) -> Iterator[tuple[str, f
 
 @cache
 def tell_split(split: str) -> list[tuple[str, float]]:
+    """Return the tokens of a file and their probabilities."""
     return list(tokens_with_probabilities(*SPLITS[split]))
 
 
 def best_perplexity(split: str) -> dict[str, float]:
-    """The loss of the generator itself on one of its files.
+    """Return the loss of a reader who knows this script, on one of the files.
 
-    As for every language model here, the first token of the stream is given: N tokens have N - 1 targets.
+    The first token of a text is given, as for all language models of this project: N tokens have N - 1
+    targets.
     """
     told = tell_split(split)
     nats = math.fsum(-math.log(probability) for _, probability in told[1:]) / (len(told) - 1)
@@ -224,26 +221,24 @@ def best_perplexity(split: str) -> dict[str, float]:
 
 
 def entropy_rate() -> dict[str, float]:
-    """Expected nats per token of an endless text: expected nats of a story over its expected length in
-    tokens.
+    """Return the expected nats per token of an endless text: expected nats over expected tokens of a story.
 
-    Stories are independent, and an episode's choices have the same numbers of options and weights wherever
-    it comes (see Story). So a story is its beginning and, as the episode that ends it comes with a fixed
-    probability, on average 1 / that probability episodes: it is enough to go through all beginnings and all
-    single episodes.
+    Stories are independent. Every episode has the same numbers of options with the same weights (see Story),
+    and ends the story with a fixed probability, so a story has 1 / that probability episodes on average. It
+    is enough to enumerate all beginnings and all single episodes.
     """
     start_nats, start_tokens, _ = expectation(lambda story: story.begin())
-    both_nats, both_tokens, goes_on = expectation(lambda story: (story.begin(), story.episode())[1])
-    episodes = 1 / (1 - goes_on)
+    both_nats, both_tokens, continued = expectation(lambda story: (story.begin(), story.episode())[1])
+    episodes = 1 / (1 - continued)
     nats = start_nats + episodes * (both_nats - start_nats)
     tokens = start_tokens + episodes * (both_tokens - start_tokens)
     return {"nats_per_token": round(nats / tokens, 6), "perplexity": round(math.exp(nats / tokens), 4)}
 
 
 def expectation(tell: Callable[[Story], bool | None]) -> tuple[float, float, float]:
-    """Expected nats, expected tokens and probability of a true result of `tell`, over all it can tell."""
+    """Return expected nats, tokens and probability of a true result over all that `tell` can write."""
     nats = tokens = true = 0.0
-    scripts: list[list[int]] = [[]]  # how tellings begin that are still to be gone through
+    scripts: list[list[int]] = [[]]  # first choices of the texts still to be enumerated
     while scripts:
         teller = Enumerator(scripts.pop(), scripts)
         result = tell(Story(teller))
@@ -254,10 +249,10 @@ def expectation(tell: Callable[[Story], bool | None]) -> tuple[float, float, flo
 
 
 class Enumerator(Teller):
-    """Follows a script of option indices, then takes first options and leaves scripts for the others.
+    """Follow a script of option indices, then take the first options and add scripts for the others.
 
-    Options of equal weight and length are alike in this grammar: what follows them differs in the names
-    only. One of them stands for all, or there would be millions of tellings.
+    Options of equal weight and length differ only in names. One of them represents all: otherwise there would
+    be millions of texts.
     """
 
     def __init__(self, script: list[int], scripts: list[list[int]]):
@@ -265,7 +260,7 @@ class Enumerator(Teller):
         self.script, self.scripts = script, scripts
         self.path: list[int] = []
         self.probability = 1.0
-        self.nats = 0.0  # sum of the entropies of the choices met
+        self.nats = 0.0  # sum of the entropies of the choices so far
 
     def pick(self, options: Options) -> str:
         weights = weighted(options)
@@ -283,63 +278,50 @@ class Enumerator(Teller):
 
 
 def text(split: str) -> str:
-    """The text of a split's file: a sentence per line, words separated by spaces."""
+    """Return the text of a file: a sentence per line, words separated by spaces."""
     told = " ".join(word for word, _ in tell_split(split))
     return told.replace(f" {EOS} ", "\n").replace(f" {EOS}", "\n")
 
 
 def files() -> dict[str, bytes]:
-    """The name and content of every file that this script makes."""
+    """Return the content of each file by its name."""
     made = {f"{split}.txt": text(split).encode() for split in SPLITS}
     entropies = {split: best_perplexity(split) for split in SPLITS} | {"rate": entropy_rate()}
     made["entropy.json"] = (json.dumps(entropies, indent=2) + "\n").encode()
     return made
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target and rename: an interrupted run leaves the old file or the new, never half."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def main(argv: list[str] | None = None) -> int:
+    """Write or check the files and print the entropies; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if a file is not as made here"
+        "--folder", type=Path, default=FOLDER, help="folder of the files (default: data/tiny)"
     )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files go (default: data/tiny)")
     args = parser.parse_args(argv)
     made = files()
+    paths = {name: args.folder / name for name in made}
     if args.check:
-        paths = {name: args.folder / name for name in made}
         wrong = [
             name for name, path in paths.items() if not path.is_file() or path.read_bytes() != made[name]
         ]
         if wrong:
-            print(f"error: missing or changed in {args.folder}: {', '.join(wrong)}.", file=sys.stderr)
-            print("Run python data/make_tiny.py to write the files anew.", file=sys.stderr)
+            print(f"error: missing or different in {args.folder}: {', '.join(wrong)}.", file=sys.stderr)
+            print("To write the files: python data/make_tiny.py", file=sys.stderr)
             return 1
     else:
         try:
             args.folder.mkdir(parents=True, exist_ok=True)
-            for name, content in made.items():
-                write_atomically(args.folder / name, content)
+            for name, path in paths.items():
+                path.write_bytes(made[name])
         except OSError as error:
-            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-            print(f"error: cannot write into {args.folder}: {reason}.", file=sys.stderr)
-            print("Give another --folder.", file=sys.stderr)
+            print(f"error: cannot write into {args.folder}: {error.strerror}.", file=sys.stderr)
+            print("Choose another --folder.", file=sys.stderr)
             return 2
     for name, best in json.loads(made["entropy.json"]).items():
-        size = f"{best['tokens']:,} tokens" if "tokens" in best else "of an endless text"
+        size = f"{best['tokens']:,} tokens" if "tokens" in best else "endless text"
         print(
             f"{name}: {size}, best possible perplexity {best['perplexity']:.4f} "
             f"({best['nats_per_token']:.6f} nats per token)"

@@ -1,4 +1,4 @@
-"""Random input by hypothesis: flags, run folders, texts, caches, checkpoints: an answer, never an accident.
+"""Random input by hypothesis: flags, run folders, logs, checkpoints: an answer, never an accident.
 
 In the suite a few dozen inputs each. For a long hunt:
 
@@ -6,7 +6,6 @@ In the suite a few dozen inputs each. For a long hunt:
 """
 
 import contextlib
-import hashlib
 import importlib
 import io
 import json
@@ -17,7 +16,6 @@ import zipfile
 import plot_runs
 import pytest
 import torch
-from conftest import write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_faults import crafted
@@ -121,39 +119,7 @@ def test_any_log_is_read(lines, tmp_path):
         assert isinstance(event, dict)
 
 
-# ---- texts
-
-SPACES = " \t\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000"
-TEXTS = st.one_of(
-    st.text(st.sampled_from("ab\n" + SPACES + "é\u200b\ufeff😀"), max_size=80),
-    st.text(max_size=40),
-).map(lambda text: text.encode("utf-8", errors="surrogatepass"))
-
-
-@fuzz(80)
-@given(text=TEXTS, cut=st.integers(0, 80), block=st.sampled_from([1, 3, 16, 1 << 22]))
-def test_any_text_is_read_as_by_two_lines_of_python(text, cut, block, tmp_path):
-    text = text[:cut]  # perhaps in the midst of a character
-    write_corpus(tmp_path, lines=(1, 1, 1))
-    (tmp_path / "train.txt").write_bytes(text)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data_utils, "BLOCK_BYTES", block)
-            corpus, _ = data_utils.tokenise(tmp_path, "all")
-    except UserError as error:
-        assert "train.txt is" in str(error) and "\n" not in str(error)
-        refusable = text in (b"", b"\xef\xbb\xbf") or b"\0" in text
-        with contextlib.suppress(UnicodeDecodeError):
-            text.decode("utf-8")
-            assert refusable
-        return
-    plain = text.decode("utf-8").removeprefix("\ufeff")
-    lines = plain.removesuffix("\n").split("\n")
-    expected = [word for line in lines for word in [*line.split(), "<eos>"]]
-    assert corpus.vocabulary.decode(corpus.train.tolist()) == expected
-
-
-# ---- caches
+# ---- checkpoints
 
 PLAIN = b"(.0123456789:;=@}]){aebdhjlopqrstuN\x80\x81\x85\x86\x87\x88\x89\x8c\x8f\x90\x91\x93\x94\x97\x98"
 OPCODES = st.sampled_from(
@@ -165,49 +131,6 @@ OPCODES = st.sampled_from(
     + [b"\x8b\xff\xff\xff\x7f"]
 )
 PROGRAMS = st.lists(OPCODES, max_size=25).map(lambda parts: b"\x80\x05" + b"".join(parts) + b".")
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    """A corpus folder, its key, and the good contents of its cache."""
-    folder = write_corpus(tmp_path_factory.mktemp("cached"), lines=(9, 3, 3))
-    expected = data_utils.load_corpus(str(folder))
-    (path,) = folder.glob(".corpus-*.pkl")
-    return folder, path, expected, pickle.loads(path.read_bytes()[:-32])
-
-
-def check_cache(cached, body):
-    """With the right checksum: what is read is sound, or nothing is."""
-    folder, path, expected, _ = cached
-    path.write_bytes(body + hashlib.sha256(body).digest())
-    with contextlib.redirect_stderr(io.StringIO()):
-        found = data_utils.load_cache(folder, "all", path.stem.rsplit("-", 1)[1])
-    if found is not None:
-        for split in data_utils.SPLITS:
-            ids = getattr(found, split)
-            assert int(ids.min()) >= 0 and int(ids.max()) < len(found.vocabulary)
-
-
-@fuzz(100)
-@given(program=PROGRAMS)
-def test_any_pickle_program_as_a_cache_is_read_or_refused(program, cached):
-    check_cache(cached, program)
-
-
-@fuzz(60)
-@given(
-    change=st.dictionaries(
-        st.sampled_from(["format", "key", "words", "ids"]),
-        JSON
-        | st.binary(max_size=9)
-        | st.dictionaries(st.sampled_from(data_utils.SPLITS), st.binary().map(bytearray)),
-    )
-)
-def test_any_contents_of_a_cache_are_read_or_refused(change, cached):
-    check_cache(cached, pickle.dumps({**cached[3], **change}, protocol=5))
-
-
-# ---- checkpoints
 
 
 @pytest.fixture(scope="module")
