@@ -16,96 +16,44 @@ import torch
 import data_utils
 from data_utils import EOS, UNK, Vocabulary
 from layers.language_model import LanguageModel
-from training import checkpoints, console, devices, files, flags, lm_training, runs
+from training import checkpoints, console, devices, files, flags, language_modelling, runs
 from training.console import UserError
+from training.flags import option, switch
 
 SHOWN = 400  # characters of the text that are printed as well as written
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> flags.Parser:
     """Return the script's command line."""
-    parser = argparse.ArgumentParser(
-        prog="generate_rmc.py", description=__doc__, formatter_class=flags.HelpFormatter, allow_abbrev=False
-    )
+    parser = flags.Parser("generate_rmc", __doc__)
+    # fmt: off
     source = parser.add_argument_group("model")
-    source.add_argument(
-        "--checkpoint",
-        metavar="FILE_OR_RUN",
-        help="checkpoint, or run folder whose best.pt is used (default: the newest language model's)",
-    )
-    source.add_argument(
-        "--runs-folder", default="runs", metavar="FOLDER", help="folder in which the newest is looked up"
-    )
-    source.add_argument(
-        "--data", metavar="FOLDER", help="ignored, because the checkpoint holds the vocabulary"
-    )
-    source.add_argument("--cuda", action="store_true", help="compute on the GPU instead of the CPU")
-    source.add_argument(
-        "--threads",
-        type=flags.thread_count,
-        default=0,
-        metavar="N",
-        help="CPU threads; 0 = chosen to fit the model and the machine",
-    )
+    option(source, "--checkpoint", None, None, "FILE_OR_RUN",
+           "checkpoint, or run folder whose best.pt is used (default: the newest language model's)")
+    option(source, "--runs-folder", None, "runs", "FOLDER", "folder in which the newest model is looked up")
+    option(source, "--data", None, None, "FOLDER", "ignored, because the checkpoint holds the vocabulary")
+    switch(source, "--cuda", "compute on the GPU instead of the CPU")
+    option(source, "--threads", flags.thread_count, 0, "N",
+           "CPU threads; 0 = chosen to fit the model and the machine")
     text = parser.add_argument_group("text")
-    text.add_argument(
-        "--outf",
-        default="generated.txt",
-        metavar="FILE",
-        help="output file, in UTF-8; - = print the whole text and write no file",
-    )
-    text.add_argument(
-        "--words",
-        type=flags.positive_int,
-        default=1000,
-        metavar="N",
-        help="words per sample, including ends of lines and without the prompt",
-    )
-    text.add_argument(
-        "--samples", type=flags.positive_int, default=1, metavar="N", help="number of texts to write"
-    )
-    text.add_argument(
-        "--prompt",
-        default="",
-        metavar="TEXT",
-        help="first words of every text; punctuation is separated if the model does not know a word",
-    )
-    text.add_argument(
-        "--detokenize", action="store_true", help="join punctuation marks to their words in the output"
-    )
-    text.add_argument(
-        "--log-interval",
-        type=flags.positive_int,
-        default=100,
-        metavar="WORDS",
-        help="words between two progress reports",
-    )
+    option(text, "--outf", None, "generated.txt", "FILE",
+           "output file, in UTF-8; - = print the whole text and write no file")
+    option(text, "--words", flags.positive_int, 1000, "N",
+           "words per sample, including ends of lines and without the prompt")
+    option(text, "--samples", flags.positive_int, 1, "N", "number of texts to write")
+    option(text, "--prompt", None, "", "TEXT",
+           "first words of every text; punctuation is separated if the model does not know a word")
+    switch(text, "--detokenize", "join punctuation marks to their words in the output")
+    option(text, "--log-interval", flags.positive_int, 100, "WORDS", "words between two progress reports")
     choice = parser.add_argument_group("choice of words")
-    choice.add_argument(
-        "--seed", type=flags.seed_int, default=1111, metavar="N", help="seed of the random choices"
-    )
-    choice.add_argument(
-        "--temperature",
-        type=flags.non_negative_float,
-        default=1.0,
-        metavar="X",
-        help="divisor of the log-probabilities: below 1 = likelier words; 0 = always the likeliest word",
-    )
-    choice.add_argument(
-        "--top-k",
-        type=flags.non_negative_int,
-        default=0,
-        metavar="K",
-        help="choose among the K likeliest words; 0 = all",
-    )
-    choice.add_argument(
-        "--top-p",
-        type=flags.probability,
-        default=1.0,
-        metavar="P",
-        help="choose among the fewest words whose probabilities sum to at least P; 1 = all",
-    )
-    choice.add_argument("--no-unk", action="store_true", help=f"never write {UNK}")
+    option(choice, "--seed", flags.seed_int, 1111, "N", "seed of the random choices")
+    option(choice, "--temperature", flags.non_negative_float, 1.0, "X",
+           "divisor of the log-probabilities: below 1 = likelier words; 0 = always the likeliest word")
+    option(choice, "--top-k", flags.non_negative_int, 0, "K", "choose among the K likeliest words; 0 = all")
+    option(choice, "--top-p", flags.probability, 1.0, "P",
+           "choose among the fewest words whose probabilities sum to at least P; 1 = all")
+    switch(choice, "--no-unk", f"never write {UNK}")
+    # fmt: on
     return parser
 
 
@@ -257,8 +205,8 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
 def find_model(args: argparse.Namespace) -> Path:
     """Return the checkpoint to use; print which one if the user named none."""
     if args.checkpoint is not None:
-        return lm_training.find_checkpoint(args.checkpoint)
-    run = runs.newest_run(args.runs_folder, lm_training.SCRIPTS)
+        return language_modelling.find_checkpoint(args.checkpoint)
+    run = runs.newest_run(args.runs_folder, language_modelling.SCRIPTS)
     if run is None:
         raise UserError(
             f"no trained model: no run of a language model in {args.runs_folder} has a best.pt. "
@@ -276,8 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = find_model(args)
     if args.outf != "-":
         files.check_writable(args.outf)
-    device = devices.choose_device(args.cuda, args.threads)
-    model, vocabulary = lm_training.load_model(checkpoints.load_checkpoint(path), device)
+    device = devices.choose_device(args.cuda)
+    model, vocabulary = language_modelling.load_model(checkpoints.load_checkpoint(path), device)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    devices.choose_threads(args.threads, size * args.samples, device)
     prompt = encode_prompt(args.prompt, vocabulary)
     banned = [vocabulary.index[UNK]] if args.no_unk and UNK in vocabulary.index else []
     if len(banned) == len(vocabulary):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from layers.fused import fused_precision
 from layers.language_model import check_size, constructor_arguments
-from relational_rnn_general import RelationalMemory
+from relational_rnn_fast import FastRelationalMemory
 
 MODELS = ("rmc", "lstm")
 
@@ -156,7 +156,7 @@ class NthFarthestModel(nn.Module):
         self.input_scale, self.memory_scale = input_scale, memory_scale
         input_size = 3 * num_vectors + num_dims
         if model == "rmc":
-            self.core = RelationalMemory(input_size=input_size, **core)
+            self.core = FastRelationalMemory(input_size=input_size, **core)
             width = self.core.output_size
         elif model == "lstm":
             self.core = nn.LSTM(input_size, hidden_size, batch_first=True)

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from layers.language_model import LanguageModel, check_probability, check_size, constructor_arguments
 from layers.regularisation import drop_weights, dropout_mask
-from relational_rnn_general import RelationalMemory
+from relational_rnn_fast import FastRelationalMemory
 
 # RelationalMemory's keyword arguments in the published language model.
 PUBLISHED_CORE = {
@@ -25,7 +25,7 @@ PUBLISHED_CORE = {
 
 
 class RelationalMemoryLM(LanguageModel):
-    """Word-level language model around a RelationalMemory (Santoro et al. 2018, sections 4.3 and A.4).
+    """Word-level language model around a relational memory (Santoro et al. 2018, sections 4.3 and A.4).
 
     The state is the memory, (B, mem_slots, mem_size).
 
@@ -68,7 +68,7 @@ class RelationalMemoryLM(LanguageModel):
                 "features would be lost. Set gate_style, or use another dropout."
             )
         check_size("embedding_size", embedding_size)  # checked here because the core's name is input_size
-        memory = RelationalMemory(input_size=embedding_size, return_all_outputs=True, **core)
+        memory = FastRelationalMemory(input_size=embedding_size, return_all_outputs=True, **core)
         super().__init__(config, memory.output_size)
         self.core = memory
         self.dropout_candidate = dropout_candidate

@@ -14,7 +14,7 @@ from data_utils import Vocabulary
 from generate_rmc import choose, encode_prompt, join_punctuation
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from training import checkpoints, lm_training
+from training import checkpoints, language_modelling
 from training.console import UserError
 
 SIZES = {
@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
         folders[name].mkdir(parents=True)
         script = {"script": f"train_{kind}"}
         (folders[name] / "args.json").write_text(json.dumps(script), encoding="utf-8")
-        contents = lm_training.describe_model(kind, model, corpus.vocabulary)
+        contents = language_modelling.describe_model(kind, model, corpus.vocabulary)
         checkpoints.save_checkpoint(folders[name] / "best.pt", contents)
         os.utime(folders[name] / "best.pt", (1000 + age, 1000 + age))
     return folders
@@ -119,7 +119,7 @@ def test_bad_options_are_refused(options):
 @ALL_KINDS
 def test_each_word_comes_from_the_distribution_given_the_whole_text(trained, name):
     """The 2018 port sampled from an embedding vector when the softmax was adaptive."""
-    model, _ = lm_training.load_model(checkpoints.load_checkpoint(trained[name] / "best.pt"))
+    model, _ = language_modelling.load_model(checkpoints.load_checkpoint(trained[name] / "best.pt"))
     seen = []
 
     def greedy(log_probabilities):
@@ -245,7 +245,7 @@ def test_dash_prints_the_text_and_writes_no_file(trained, tmp_path, monkeypatch,
 
 
 def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(lm_training, "load_model", None)
+    monkeypatch.setattr(language_modelling, "load_model", None)
     for outf in (tmp_path, tmp_path / "none" / "text.txt"):
         with pytest.raises(UserError, match="cannot write .*Give a file"):
             generate_rmc.main(["--checkpoint", str(trained["rnn"]), "--outf", str(outf)])
@@ -254,13 +254,13 @@ def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tra
 def test_bad_checkpoints_are_refused(trained, tmp_path):
     (tmp_path / "bad.pt").write_bytes((trained["rnn"] / "best.pt").read_bytes()[:-100])
     checkpoints.save_checkpoint(tmp_path / "nth.pt", {"kind": "nth_farthest"})
-    for name, message in [("bad.pt", "damaged"), (".", "no best.pt"), ("nth.pt", "not a language model")]:
+    for name, message in [("bad.pt", "damaged"), (".", "no best.pt"), ("nth.pt", "of kind .nth_farthest.")]:
         with pytest.raises(UserError, match=message):
             generate_rmc.main(["--checkpoint", str(tmp_path / name), "--outf", "-"])
 
 
 def test_model_with_unk_only_and_no_unk(tmp_path):
-    contents = lm_training.describe_model(
+    contents = language_modelling.describe_model(
         "rnn", RNNLM(1, embedding_size=3, hidden_size=3), Vocabulary(["<unk>"])
     )
     checkpoints.save_checkpoint(tmp_path / "best.pt", contents)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lm_training import make_trainer
+from test_language_modelling import make_trainer
 from test_scripts import assert_same_checkpoint, interrupt_at, numbers, run
 
 import train_rmc
