@@ -178,15 +178,6 @@ def test_fused_layer_equals_loop_of_cells(model, layers):
     torch.testing.assert_close(*found, **EXACT)
 
 
-def test_lstm_state_is_hidden_vectors_then_cells():
-    model = build("lstm")
-    tokens, _ = window()
-    state = random_state(model)  # (B, 2 layers + 2 layers, 11)
-    before = tuple(part.transpose(0, 1).contiguous() for part in (state[:, :2], state[:, 2:]))
-    outputs, after = model.rnn(model.embedding(tokens).transpose(0, 1), before)
-    torch.testing.assert_close(model.hidden(tokens, state), (outputs, torch.cat(after).transpose(0, 1)))
-
-
 def test_perplexity():
     assert perplexity(math.log(105.5)) == pytest.approx(105.5)
     assert perplexity(1e6) == perplexity(math.nan) == math.inf

@@ -201,11 +201,6 @@ def test_candidate_dropout_lets_dropped_features_only_fade(name, changes, masks)
     assert len(masks) == 2 * layers
 
 
-def test_candidate_dropout_with_a_mask_of_ones_is_torchs_lstm(monkeypatch):
-    monkeypatch.setattr(rnn_models, "dropout_mask", lambda like, shape, p: torch.ones_like(like))
-    assert_same_training(build("lstm", fused=False, dropout_candidate=0.5), build("lstm"))
-
-
 def test_lstm_cell_with_a_mask_equals_a_loop_over_its_units():
     torch.manual_seed(1)
     inputs, size = 4, 3
