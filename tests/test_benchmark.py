@@ -76,7 +76,7 @@ def rows_of(output):
 
 def test_all_sections_print_all_variants(small, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.Bench, "peak", lambda self, task, variant: (123.4, 23.4))
-    benchmark.main(["--quick", "--clock", "cpu"])
+    benchmark.main(["--quick", "--only", "lm", "nth", "core", "step", "memory", "--clock", "cpu"])
     output = capsys.readouterr().out
     tables = rows_of(output)
     assert f"torch {torch.__version__}" in output and "Milliseconds of cpu time" in output
@@ -93,11 +93,6 @@ def test_all_sections_print_all_variants(small, monkeypatch, capsys):
     assert len(tables["the core alone, 3 x 4"]) == 5 and len(tables["the core alone, 3 x 5"]) == 5
     assert tables["one time step of one sequence, state of 12 units"].keys() == {"variant", RMC, LSTM}
     assert tables["peak memory of a training step"][str(NTH)] == [LSTM, "123", "100"]
-
-
-def test_only_the_chosen_sections_run(small, capsys):
-    benchmark.main(["--quick", "--only", "step"])
-    assert len(rows_of(capsys.readouterr().out)) == 1
 
 
 def test_variants_take_turns_in_rotating_order_until_the_time_limit(monkeypatch):
@@ -172,22 +167,9 @@ def test_another_checkout_is_timed_beside_this_one(small, monkeypatch, capsys):
     assert float(table[str(NTH)][2]) > 0 and table[str(NTH)][3:] == ["30", "50", "0.60"]
 
 
-@pytest.mark.parametrize("words", [["--only", "speed"], ["--rounds", "0"], ["--cuda", "--clock", "cpu"]])
-def test_bad_flags_are_refused(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        benchmark.main(words)
-    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
-
-
 def test_a_folder_without_the_project_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no relational_rnn_models.py"):
-        benchmark.main(["--quick", "--against", str(tmp_path)])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_reported():
-    with pytest.raises(UserError, match="--cuda was given but"):
-        benchmark.main(["--quick", "--cuda"])
+        benchmark.main(["--quick", "--only", "step", "--against", str(tmp_path)])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -541,10 +541,12 @@ def import_tree(folder: Path) -> SimpleNamespace:
         raise console.UserError(f"{folder} has no relational_rnn_models.py. Give a checkout of this project.")
 
     def from_folder(root: Path) -> dict[str, object]:
-        files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
-        return {
-            name: sys.modules[name] for name, file in files.items() if file and root in Path(file).parents
-        }
+        """Return the loaded modules that lie in a folder, except those of a virtual environment in it."""
+        paths = {name: Path(getattr(module, "__file__", None) or "/") for name, module in sys.modules.items()}
+        inside = [
+            n for n, path in paths.items() if root in path.parents and "site-packages" not in path.parts
+        ]
+        return {name: sys.modules[name] for name in inside}
 
     own = from_folder(_project.FOLDER)
     sys.path.insert(0, str(folder.resolve()))
@@ -600,9 +602,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"sections to run, of {', '.join(SECTIONS)}")  # fmt: skip
     add("--against", type=Path, metavar="FOLDER",
         help="compare only RMC training steps, with those of another checkout")  # fmt: skip
-    add(
-        "--rounds", type=flags.positive_int, metavar="N", help="samples of each variant (default: 7, quick 5)"
-    )
+    add("--rounds", type=flags.positive_int, metavar="N", help="samples of each variant (7, with --quick 5)")
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time of all threads, for a busy machine; best with --threads 1")  # fmt: skip
     add("--cuda", action="store_true", help="measure on the GPU")
