@@ -1,172 +1,141 @@
-"""Curves from logs: what is drawn is what was logged, and mistakes are told."""
+"""plot_runs.py: the curves are those of the logs, with the right names and axes."""
 
 import json
 import sys
-from pathlib import Path
 
-import numpy as np
 import plot_runs
 import pytest
+import run_files
 
-from training import console, runs
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from training.console import UserError
 
 
-def run_folder(root, name, script, events, **arguments):
-    """A run folder as the training scripts leave it."""
+def make_run(root, name, script, events, **arguments):
     folder = root / name
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(
-        json.dumps({"script": script, "arguments": arguments}), encoding="utf-8"
-    )
-    log = runs.RunLog(folder / "log.jsonl")
-    for event in events:
-        log.write(**event)
+    record = {"script": script, "arguments": arguments, "corpus": {"train": 2_000_000}}
+    (folder / "args.json").write_text(json.dumps(record))
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return folder
 
 
 def nth_farthest_run(root, name, K=8, D=16, accuracies=(0.13, 0.25, 0.6), **arguments):
-    events = []
-    for i, accuracy in enumerate(accuracies, start=1):
-        scores = {"loss": 2.0 / i, "accuracy": accuracy - 0.01, "test_accuracy": accuracy}
-        events.append({"event": "train", "step": 100 * i, "seconds": 30.0 * i, **scores})
-    return run_folder(root, name, "train_nth_farthest", events, num_vectors=K, num_dims=D, **arguments)
+    events = [
+        {"event": "train", "step": 100 * i, "seconds": 30.0 * i, "loss": 2.0 / i, "test_accuracy": accuracy}
+        for i, accuracy in enumerate(accuracies, start=1)
+    ]
+    return make_run(
+        root,
+        name,
+        "train_nth_farthest",
+        events,
+        **{"num_vectors": K, "num_dims": D, "model": "rmc", **arguments},
+    )
 
 
-def language_run(root, name, script, perplexities=(300.0, 200.0, 150.0)):
-    events = []
-    for i, ppl in enumerate(perplexities, start=1):
-        scores = {"ppl": ppl, "train_ppl": ppl / 2, "loss": 5.0}
-        events.append({"event": "valid", "epoch": i, "step": 9 * i, "seconds": 120.0 * i, **scores})
-    return run_folder(root, name, script, events)
+def language_run(root, name, script, perplexities=(300.0, 200.0, 150.0), **arguments):
+    events = [
+        {
+            "event": "valid",
+            "epoch": i,
+            "step": 9 * i,
+            "seconds": 120.0 * i,
+            "ppl": ppl,
+            "train_ppl": ppl and ppl / 2,
+        }
+        for i, ppl in enumerate(perplexities, start=1)
+    ]
+    return make_run(root, name, script, events, **arguments)
 
 
-def curves(axis):
-    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()}
-
-
-def draw(function, folders):
+def draw(draw, paths, against):
+    """Return for each panel its curves with points, by colour and line style."""
     plt = plot_runs.import_pyplot()
-    figure = function(plt, [plot_runs.read_run(folder) for folder in folders])
-    axes = figure.get_axes()
+    figure = draw(plt, run_files.read_runs(paths, lambda run: None), against)
+    panels = []
+    for axis in figure.get_axes():
+        lines = [line for line in axis.get_lines() if len(line.get_xdata()) and line.get_linestyle() != ":"]
+        panels.append([(line.get_color(), list(line.get_xdata()), list(line.get_ydata())) for line in lines])
+    legend = [text.get_text() for text in figure.get_axes()[0].get_legend().get_texts()]
     plt.close(figure)
-    return axes
+    return panels, legend
 
 
 def test_nth_farthest_curves_are_the_logs(tmp_path):
-    first = nth_farthest_run(tmp_path, "rmc-1")
-    second = nth_farthest_run(tmp_path, "lstm-1", accuracies=(0.2, 0.24))
-    accuracy, accuracy_in_time, loss, loss_in_time = draw(plot_runs.draw_nth_farthest, [first, second])
-    assert curves(accuracy)["rmc-1"] == ([100, 200, 300], [0.13, 0.25, 0.6])
-    assert curves(accuracy)["lstm-1"] == ([100, 200], [0.2, 0.24])
-    assert curves(accuracy_in_time)["rmc-1"] == ([0.5, 1.0, 1.5], [0.13, 0.25, 0.6])
-    assert ([100, 200, 300], [2.0, 1.0, 2 / 3]) in curves(loss).values()
-    assert ([0.5, 1.0], [2.0, 1.0]) in curves(loss_in_time).values()
+    paths = [
+        nth_farthest_run(tmp_path, "first", seed=1),
+        nth_farthest_run(tmp_path, "second", seed=2, accuracies=(0.2,)),
+        nth_farthest_run(tmp_path, "third", model="lstm", accuracies=(0.2, 0.24)),
+    ]
+    panels, legend = draw(plot_runs.draw_nth_farthest, paths, ["steps", "wall"])
+    assert panels[0] == [
+        ("C0", [100, 200, 300], [0.13, 0.25, 0.6]),
+        ("C0", [100], [0.2]),
+        ("C1", [100, 200], [0.2, 0.24]),
+    ]
+    assert panels[1][0][1:] == ([0.5, 1.0, 1.5], [0.13, 0.25, 0.6])
+    assert panels[2][0][1:] == ([100, 200, 300], [2.0, 1.0, 2 / 3])
+    assert panels[3][2][1:] == ([0.5, 1.0], [2.0, 1.0])
+    assert legend == ["RMC (2 seeds)", "LSTM"]
+
+
+def test_language_model_curves_are_the_logs(tmp_path):
+    paths = [
+        language_run(tmp_path, "rmc-a", "train_rmc", lr=0.1),
+        language_run(tmp_path, "rmc-b", "train_rmc", (90.0, None, 70.0), lr=0.2),
+        language_run(tmp_path, "any", "train_rnn", (80.0,), model="LSTM"),
+    ]
+    panels, legend = draw(plot_runs.draw_language_models, paths, ["epochs", "tokens", "wall"])
+    assert panels[0][:2] == [
+        ("C0", [1, 2, 3], [300.0, 200.0, 150.0]),
+        ("C0", [1, 2, 3], [150.0, 100.0, 75.0]),
+    ]
+    assert panels[0][2] == ("C1", [1, 3], [90.0, 70.0])  # a loss that was not finite is null in the log
+    assert panels[1][0][1] == [2.0, 4.0, 6.0] and panels[2][0][1] == [2.0, 4.0, 6.0]
+    assert panels[1][4] == ("C2", [2.0], [80.0])
+    assert legend == ["rmc-a", "rmc-b", "LSTM", "validation", "validation, averaged weights", "training"]
 
 
 @pytest.mark.parametrize(
     ("K", "D", "expected"),
     [
-        (8, 16, [(1 / 8, "chance 1/8"), (2 / 8, "plateau 2/8"), (0.91, "the paper's RMC, 91 %")]),
-        (3, 1, [(1 / 3, "chance 1/3"), (2 / 3, "plateau 2/3")]),
+        (8, 16, {"chance, 1/8": 1 / 8, "chance + nearest, 2/8": 2 / 8, "the paper's RMC, 91 %": 0.91}),
+        (3, 1, {"chance, 1/3": 1 / 3, "chance + nearest, 2/3": 2 / 3}),
     ],
 )
-def test_lines_to_compare_with(tmp_path, K, D, expected):
-    folder = nth_farthest_run(tmp_path, "run", K=K, D=D)
-    lines = plot_runs.reference_lines([plot_runs.read_run(folder)])
-    assert [name for _, name in lines] == [name for _, name in expected]
-    assert [value for value, _ in lines] == pytest.approx([value for value, _ in expected])
-    axis = draw(plot_runs.draw_nth_farthest, [folder])[0]
-    heights = [y[0] for _, y in curves(axis).values() if len(set(y)) == 1]
-    assert heights == pytest.approx([value for value, _ in expected])
+def test_nth_farthest_has_lines_to_compare_with(tmp_path, K, D, expected):
+    run = run_files.read_run_folder(nth_farthest_run(tmp_path, "run", K=K, D=D))
+    lines = {name: value for value, name in plot_runs.reference_lines([run])}
+    assert lines == pytest.approx(expected)
 
 
-def test_language_model_curves_are_the_logs(tmp_path):
-    folders = [
-        language_run(tmp_path, "rmc", "train_rmc"),
-        language_run(tmp_path, "lstm", "train_rnn", (90.0,)),
-    ]
-    by_epoch, by_minute = draw(plot_runs.draw_language_models, folders)
-    assert curves(by_epoch)["rmc: valid"] == ([1, 2, 3], [300.0, 200.0, 150.0])
-    assert curves(by_epoch)["rmc: train"] == ([1, 2, 3], [150.0, 100.0, 75.0])
-    assert curves(by_minute)["rmc: valid"] == ([2.0, 4.0, 6.0], [300.0, 200.0, 150.0])
-    assert curves(by_minute)["lstm: valid"] == ([2.0], [90.0])
-
-
-def test_what_a_resumed_run_did_twice_is_drawn_once(tmp_path):
-    folder = nth_farthest_run(tmp_path, "run")
-    log = runs.RunLog(folder / "log.jsonl")
-    log.write("resume", step=100)
-    log.write("train", step=200, seconds=61.0, loss=0.9, accuracy=0.2, test_accuracy=0.3)
-    assert curves(draw(plot_runs.draw_nth_farthest, [folder])[0])["run"] == ([100, 200], [0.13, 0.3])
-
-
-def test_values_that_were_not_finite_are_left_out(tmp_path):
-    folder = language_run(tmp_path, "run", "train_rnn", (300.0, float("inf"), 150.0))
-    assert curves(draw(plot_runs.draw_language_models, [folder])[0])["run: valid"] == ([1, 3], [300.0, 150.0])
-
-
-def test_the_command_writes_a_small_png(tmp_path, capsys):
-    folders = [str(nth_farthest_run(tmp_path, f"run-{i}")) for i in range(3)]
-    assert plot_runs.main([*folders, "--outf", str(tmp_path / "curves.png")]) == 0
-    content = (tmp_path / "curves.png").read_bytes()
-    assert content.startswith(PNG) and len(content) < 200_000
-    assert "3 runs" in capsys.readouterr().out
-    words = [str(language_run(tmp_path, "lm", "train_rmc"))]
-    assert plot_runs.main([*words, "--outf", str(tmp_path / "lm.png")]) == 0
-    assert (tmp_path / "lm.png").read_bytes().startswith(PNG)
-
-
-def test_a_folder_stands_for_the_runs_in_it_and_what_is_left_out_is_told(tmp_path, capsys):
-    inside = tmp_path / "runs"
-    (inside / "deep").mkdir(parents=True)
-    for name in ("b", "a", "deep/c"):
-        nth_farthest_run(inside, name)
-    nth_farthest_run(inside, "young", accuracies=())
-    (nth_farthest_run(inside, "begun") / "log.jsonl").unlink()
-    (tmp_path / "empty").mkdir()
-    folders = (tmp_path / "empty", inside, inside / "a")
-    assert plot_runs.main([*map(str, folders), "--outf", str(tmp_path / "curves.png")]) == 0
-    said = capsys.readouterr()
-    assert "3 runs" in said.out
-    told = [Path(line.removeprefix("left out: ").split(": ")[0]).name for line in said.err.splitlines()]
-    assert told == ["empty", "begun", "young"]
-    again = nth_farthest_run(tmp_path / "other", "a")
-    assert [run.label for run in plot_runs.read_runs([inside, again])] == ["runs/a", "b", "c", "other/a"]
-
-
-def test_attention_is_drawn(tmp_path):
-    weights = np.random.default_rng(1).dirichlet(np.ones(5), size=(3, 2, 5))
-    plot_runs.draw_attention(weights, tmp_path / "attention.png")
-    assert (tmp_path / "attention.png").read_bytes().startswith(PNG)
-
-
-def test_missing_matplotlib_is_told(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(console.UserError, match="need matplotlib.*pip install -r requirements-extra.txt"):
-        plot_runs.draw_runs([nth_farthest_run(tmp_path, "run")], tmp_path / "curves.png")
-
-
-def test_mistakes_are_told(tmp_path):
+def test_the_command_writes_a_png(tmp_path, capsys):
+    for name in ("a", "b"):
+        nth_farthest_run(tmp_path / "runs", name, seed=name)
+    nth_farthest_run(tmp_path / "runs", "young", accuracies=())
     out = tmp_path / "curves.png"
+    plot_runs.main([str(tmp_path / "runs"), "--outf", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    said = capsys.readouterr()
+    assert "curves of 2 runs" in said.out and "young: nothing to plot yet" in said.err
+    plot_runs.main(
+        [str(language_run(tmp_path, "lm", "train_rmc")), "--against", "tokens", "--outf", str(out)]
+    )
+    assert "curves of 1 run:" in capsys.readouterr().out
 
-    def message(*folders, out=out):
-        with pytest.raises(console.UserError) as caught:
-            plot_runs.draw_runs(folders, out)
-        return str(caught.value)
 
-    (tmp_path / "empty").mkdir()
-    good = nth_farthest_run(tmp_path, "good")
-    assert "not there" in message(tmp_path / "absent")
-    assert "no run to draw" in message(tmp_path / "empty")
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "log.jsonl").touch()
-    assert "no args.json" in message(tmp_path / "half")
-    assert "no plot" in message(run_folder(tmp_path, "other", "train_something", []))
-    assert "separately" in message(good, language_run(tmp_path, "lm", "train_rmc"))
-    assert "nothing to plot yet" in message(nth_farthest_run(tmp_path, "young", accuracies=()))
-    assert "cannot write" in message(good, out=tmp_path / "no" / "such" / "folder.png")
-    (good / "args.json").write_text("{", encoding="utf-8")
-    assert "cannot be read" in message(good)
-    assert not out.exists()
+def test_mistakes_are_answered(tmp_path, monkeypatch):
+    good, words = nth_farthest_run(tmp_path, "good"), language_run(tmp_path, "lm", "train_rmc")
+    other = make_run(tmp_path, "other", "train_something", [])
+    for paths, out, against, message in [
+        ([other], "x.png", None, "train_something.py cannot be drawn"),
+        ([good, words], "x.png", None, "cannot share a plot"),
+        ([good], "no/such/folder.png", None, "cannot write"),
+        ([good], "x.png", ["epochs"], "no epochs or tokens"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            plot_runs.draw_runs(paths, tmp_path / out, against)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(UserError, match="need matplotlib.*pip install -r requirements-extra.txt"):
+        plot_runs.draw_runs([good], tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()

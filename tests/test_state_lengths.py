@@ -1,4 +1,4 @@
-"""Perplexity against the state's length, held against an obvious loop."""
+"""Perplexity by the length of the state, compared with an obvious loop over single words."""
 
 import csv
 import math
@@ -6,7 +6,6 @@ import math
 import pytest
 import state_lengths
 import torch
-from test_scripts import run
 
 import train_rnn
 from relational_rnn_models import RelationalMemoryLM
@@ -21,7 +20,7 @@ MODELS = {
 
 
 def nats_one_by_one(model, text, length):
-    """Of every target, word by word, the state begun anew every `length` words; and its words since then."""
+    """Return the nats of every target, with resets every `length` words, and the words since a reset."""
     nats, since = [], []
     with torch.no_grad():
         for place in range(len(text) - 1):
@@ -35,15 +34,13 @@ def nats_one_by_one(model, text, length):
 
 @pytest.mark.parametrize("at_once", [20, 6400])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_numbers_are_those_of_a_loop_over_single_words(name, at_once, monkeypatch):
+def test_losses_equal_those_of_a_loop_over_single_words(name, at_once, monkeypatch):
     monkeypatch.setattr(state_lengths, "WINDOW", 5)
     monkeypatch.setattr(state_lengths, "TOKENS_AT_ONCE", at_once)
     torch.manual_seed(1)
-    model = MODELS[name]().double().train()
+    model = MODELS[name]().double().eval()
     text = torch.randint(V, (98,))  # 97 targets: no length divides them
     rows = state_lengths.state_lengths(model, text.to(torch.uint8), [12, 3, 40, 12], "cpu")
-    assert model.training
-    model.eval()
     assert [row.words for row in rows] == [3, 12, 40]
     on_longest, since = nats_one_by_one(model, text, 40)
     for row, low in zip(rows, (0, 3, 12), strict=True):
@@ -57,18 +54,18 @@ def test_the_numbers_are_those_of_a_loop_over_single_words(name, at_once, monkey
 def test_a_length_beyond_the_text_is_the_whole_text_and_its_bin_is_empty():
     torch.manual_seed(1)
     model = MODELS["lstm"]().double().eval()
-    text = torch.randint(V, (20,))
-    rows = state_lengths.state_lengths(model, text, [19, 500, 1000], "cpu")
+    rows = state_lengths.state_lengths(model, torch.randint(V, (20,)), [19, 500, 1000], "cpu")
     assert rows[0].loss == rows[1].loss == rows[2].loss == pytest.approx(rows[0].loss_between)
     assert [row.targets_between for row in rows] == [19, 0, 0] and math.isnan(rows[2].loss_between)
-    assert state_lengths.table(rows, 1.0, 1).splitlines()[-2].split() == [
-        "1,000", f"{math.exp(rows[2].loss):.2f}", "19", "|", "501-1,000", "-", "0"
+    last = state_lengths.table(rows, 1.0, 1).splitlines()[-2].split()
+    assert last == ["1,000", f"{math.exp(rows[2].loss):.2f}", "19", "|", "501-1,000", "-", "0"]
+
+
+def test_the_table_labels_bins_by_the_words_in_them():
+    rows = [
+        state_lengths.StateLength(words, math.log(9 - k), 12_345, math.log(7 - k), 1000 * (k + 1))
+        for k, words in enumerate((1, 10, 11, 2000))
     ]
-
-
-def test_the_table_labels_its_bins_by_the_words_that_are_in_them():
-    rows = [state_lengths.StateLength(words, math.log(9 - k), 12_345, math.log(7 - k), 1000 * (k + 1))
-            for k, words in enumerate((1, 10, 11, 2000))]
     lines = state_lengths.table(rows, math.log(3.5), 4).splitlines()
     assert lines[1].split("|")[1].split() == ["every", "2,000", "ppl", "targets"]
     assert [line.split() for line in lines[2:]] == [
@@ -78,25 +75,22 @@ def test_the_table_labels_its_bins_by_the_words_that_are_in_them():
         ["2,000", "6.00", "12,345", "|", "12-2,000", "4.00", "4,000"],
         ["never", "3.50", "(4", "columns)"],
     ]
-    assert len({line.find("|") for line in lines[:-1]}) == 1
 
 
-def test_evaluate_prints_the_table_and_writes_the_csv(corpus_folder, tmp_path, capsys):
-    _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1")
-    capsys.readouterr()
-    command = ["--evaluate", str(folder), "--eval-batch-size", "1", "--state-lengths", "5", "50", "1000"]
-    assert train_rnn.main(command) == 0
+def test_the_tool_measures_a_trained_run_on_its_own_corpus(corpus_folder, tmp_path, capsys):
+    sizes = ["--emsize", "6", "--nhid", "7", "--epochs", "1", "--batch_size", "14", "--bptt", "15"]
+    place = ["--data", str(corpus_folder), "--runs-folder", str(tmp_path), "--name", "run"]
+    assert train_rnn.main([*sizes, *place]) == 0
+    state_lengths.main([str(tmp_path / "run"), "--lengths", "5", "50", "1000"])
     output = capsys.readouterr().out
     assert "words since a reset" in output and "(1 columns)" in output and " 6-50 " in output
-    rows = list(csv.DictReader((folder / "state_lengths.csv").open(encoding="utf-8")))
+    with open(tmp_path / "run" / "state_lengths.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     assert [(row["split"], row["words"]) for row in rows] == [
         (split, words) for split in ("valid", "test") for words in ("5", "50", "1000", "")
     ]
     assert [row["columns"] for row in rows] == ["", "", "", "1"] * 2
     # Longer than the split: one segment, which is the split read as one stream.
     assert float(rows[2]["loss"]) == pytest.approx(float(rows[3]["loss"]), rel=1e-5)
-    assert "ignores" not in capsys.readouterr().err
-    assert train_rnn.main([*command, "--emsize", "99", "--lr", "5"]) == 0
-    assert "--evaluate ignores --emsize, --lr: the model comes with its run" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--state-lengths needs --evaluate"):
-        train_rnn.main(["--state-lengths", "5", "--data", str(corpus_folder)])
+    with pytest.raises(UserError, match="have different vocabularies"):
+        state_lengths.main([str(tmp_path / "run" / "best.pt"), "--data", "tiny"])

@@ -1,45 +1,49 @@
-"""Draw the curves of any number of runs into one PNG, from their logs: also while they are still running.
+"""Draw the curves of runs into a PNG, finished runs and runs in progress alike.
 
-Language-model runs are drawn as perplexity against epochs and against minutes; runs of train_nth_farthest.py
-as accuracy and loss against steps and against minutes, with lines for chance, for the plateau of a model that
-knows only that the nearest vector is the reference itself, and for the paper's 91 %.
+Language models: perplexity in validation and training. Nth farthest: test accuracy and training loss, with
+lines for chance (1/K), for a model that only knows that the nearest vector is the reference itself (2/K) and,
+for the paper's task, for its RMC (91 %). Runs that differ only in their seed have the same colour.
 
-A folder that is no run itself stands for the runs in it and in the folders in it, no deeper; what cannot be
-drawn of these is left out, and told on standard error.
+Paths are run folders, folders with runs, study files (STUDY.jsonl, made by tools/pack_runs.py), or STUDY/NAME
+for one run of a study file.
 
-Examples: python plot_runs.py runs
-          python plot_runs.py results/nth_farthest/small --outf accuracy.png
+Examples: python tools/plot_runs.py runs --outf curves.png
+          python tools/plot_runs.py "results/nth_farthest/small/runs/rmc-seed*"
+          python tools/plot_runs.py results/wikitext2_cpu --against tokens wall
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training import console, files, flags, runs
+import _project  # noqa: F401
+import run_files
+from run_files import Run
+
+from training import console, files, flags
 from training.console import UserError
 
-NTH_FARTHEST_SCRIPT = "train_nth_farthest"
-LANGUAGE_MODEL_SCRIPTS = ("train_rmc", "train_rnn")
-PAPER_ACCURACY = 0.91  # "consistently", 8 vectors of 16 dimensions: arXiv:1806.01822, section 5.1
-MINUTE = 60
+PAPER_ACCURACY = 0.91  # 8 vectors of 16 dimensions: arXiv:1806.01822, section 5.1
+# Name of a horizontal axis: the axis label, and the field of an event with the factor that gives its value.
+AXES = {
+    "epochs": ("epochs", "epoch", 1.0),
+    "steps": ("steps", "step", 1.0),
+    "tokens": ("million training tokens", "epoch", None),
+    "wall": ("wall time (minutes)", "seconds", 1 / 60),
+}
 
 
 def import_pyplot() -> Any:
-    """matplotlib.pyplot, set to draw into files.
+    """Return matplotlib.pyplot, set to draw into files.
 
     Raises:
         UserError: matplotlib is missing or broken.
     """
-    # A machine without a screen, or without a writable home, is the normal case for a training machine.
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ.setdefault("MPLBACKEND", "Agg")  # training machines often have no screen
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -50,300 +54,164 @@ def import_pyplot() -> Any:
     return plt
 
 
-@dataclass
-class Run:
-    """What a run's folder says about it."""
-
-    label: str
-    script: str
-    arguments: dict[str, Any]
-    events: list[dict[str, Any]]
-
-    def series(self, event: str, x: str, y: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
-        """Two fields of the events of a kind, the first times `scale`; events that lack one are left out."""
-        points = [
-            (entry[x] * scale, entry[y])
-            for entry in self.events
-            if entry.get("event") == event and _is_number(entry.get(x)) and _is_number(entry.get(y))
-        ]
-        return [point[0] for point in points], [point[1] for point in points]
+def why_unusable(run: Run) -> str | None:
+    """Return why a run cannot be drawn, or None."""
+    if run.script not in (*run_files.LANGUAGE_MODELS, run_files.NTH_FARTHEST):
+        return f"a run of {run.script}.py cannot be drawn"
+    if not run.find(*(("train", "step") if run.is_nth_farthest else ("valid", "epoch"))):
+        return "nothing to plot yet"
+    return None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def name_lines(found: Sequence[Run]) -> dict[int, tuple[str, str]]:
+    """Return the colour and the legend of each run, by its place in `found`.
 
-
-def read_run(folder: Path) -> Run:
-    """Reads args.json and log.jsonl of a run folder.
-
-    Raises:
-        UserError: the folder is no run folder, or the run is of a kind that has no curves.
+    Runs that differ only in their seed share a colour, and the first has the legend of all. The legend is the
+    model's name where that is unique, otherwise the run's name.
     """
-    if not folder.is_dir():
-        raise UserError(f"no run folder {folder}: it is {'a file' if folder.exists() else 'not there'}.")
-    for name in ("args.json", "log.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a run folder with a log: it has no {name}.")
-    try:
-        record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        script, arguments = str(record["script"]), dict(record["arguments"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'args.json'} cannot be read ({type(error).__name__}: {error}).") from None
-    if script != NTH_FARTHEST_SCRIPT and script not in LANGUAGE_MODEL_SCRIPTS:
-        raise UserError(
-            f"{folder} is a run of {script!r}, for which there is no plot. "
-            f"Known: {', '.join((*LANGUAGE_MODEL_SCRIPTS, NTH_FARTHEST_SCRIPT))}."
-        )
-    return Run(folder.resolve().name, script, arguments, runs.read_log(folder / "log.jsonl"))
+    groups: dict[str, list[int]] = {}
+    for place, run in enumerate(found):
+        groups.setdefault(run.settings({}), []).append(place)
+    models = [found[places[0]].model for places in groups.values()]
+    lines = {}
+    for number, places in enumerate(groups.values()):
+        first = found[places[0]]
+        label = first.model if models.count(first.model) == 1 else first.name
+        if len(places) > 1:
+            label += f" ({len(places)} seeds)"
+        lines |= {place: (f"C{number}", label if place == places[0] else "_") for place in places}
+    return lines
 
 
-def run_folders(folders: Sequence[Path]) -> list[tuple[Path, bool]]:
-    """Run folders: those given (True) and, of folders that are no runs themselves, those inside (False).
-
-    A folder with nothing in it is told on standard error. Whether the runs can be read is not looked at.
-    """
-    found: list[tuple[Path, bool]] = []
-    for folder in folders:
-        if is_run(folder) or not folder.is_dir():
-            found.append((folder, True))
-        elif inside := runs_inside(folder):
-            found += [(run, False) for run in inside]
-        else:
-            say_left_out(folder, "neither a run folder nor a folder with runs in it")
-    return found
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder has one of the two files that tell of a run."""
-    return any((folder / name).is_file() for name in ("args.json", "log.jsonl"))
-
-
-def runs_inside(folder: Path) -> list[Path]:
-    """The run folders in a folder, by name, and in those of its folders that are no runs."""
-    found = []
-    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if is_run(child):
-            found.append(child)
-        else:
-            found += sorted(path for path in child.iterdir() if path.is_dir() and is_run(path))
-    return found
-
-
-def say_left_out(folder: Path, reason: str) -> None:
-    """One line for a run that is not in the table or the picture."""
-    print(f"left out: {folder}: {reason.rstrip('.')}", file=sys.stderr)
-
-
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of the folders, each once; of runs found in a folder, those that can be drawn.
-
-    Raises:
-        UserError: a folder that was named itself is no run, or no run is left.
-    """
-    found: dict[Path, Run] = {}
-    for folder, named in run_folders(folders):
-        try:
-            run = read_run(folder)
-            if not named:
-                require_events([run], "train" if run.script == NTH_FARTHEST_SCRIPT else "valid")
-        except UserError as error:
-            if named:
-                raise
-            say_left_out(folder, str(error))
-        else:
-            found.setdefault(folder.resolve(), run)
-    if not found:
-        raise UserError("there is no run to draw. Give run folders, or a folder with runs that have begun.")
-    tell_apart(found)
-    return list(found.values())
-
-
-def tell_apart(found: Mapping[Path, Run]) -> None:
-    """Gives runs whose folders have one name that of the folder above, too, which may still not differ."""
-    names = Counter(run.label for run in found.values())
-    for folder, run in found.items():
-        if names[run.label] > 1:
-            run.label = f"{folder.parent.name}/{run.label}"
-
-
-def draw_runs(folders: Sequence[Path], path: Path) -> int:
-    """Draws the runs' curves into a PNG; returns how many runs these are.
+def points(run: Run, event: str, against: str, field: str) -> tuple[list[float], list[float]]:
+    """Return the points of a curve, without events that lack one of the two numbers.
 
     Args:
-        folders: run folders or folders that hold such, all of language models or all of Nth farthest.
-        path: the PNG to write.
-
-    Raises:
-        UserError: no matplotlib, a folder that cannot be drawn, both kinds at once, or nothing logged yet.
+        against: a key of AXES.
+        field: name of the vertical value.
     """
-    plt = import_pyplot()
-    found = read_runs(folders)
-    kinds = {run.script == NTH_FARTHEST_SCRIPT for run in found}
-    if len(kinds) > 1:
-        names = ", ".join(f"{run.label} ({run.script})" for run in found)
-        raise UserError(
-            f"these runs have no axis in common: {names}. Plot language models and Nth farthest separately."
-        )
-    draw = draw_nth_farthest if kinds == {True} else draw_language_models
-    figure = draw(plt, found)
-    save(figure, plt, path)
-    return len(found)
+    _, x, factor = AXES[against]
+    if factor is None:
+        factor = run.record.get("corpus", {}).get("train", 0) / 1e6
+    found = [e for e in run.events if e.get("event") == event and None not in (e.get(x), e.get(field))]
+    return [factor * e[x] for e in found], [e[field] for e in found]
 
 
-def save(figure: Any, plt: Any, path: Path) -> None:
-    """Writes the figure as PNG, whole or not at all, and forgets it."""
-    try:
-        files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
-    finally:
-        plt.close(figure)
+def draw_language_models(plt: Any, found: Sequence[Run], against: Sequence[str]) -> Any:
+    """Draw perplexity against each of the given axes: validation, averaged weights and training."""
+    figure, row = plt.subplots(
+        1, len(against), figsize=(5.5 * len(against), 4.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    styles = [
+        ("ppl", "validation", {"marker": "."}),
+        ("average_ppl", "validation, averaged weights", {"linestyle": ":"}),
+        ("train_ppl", "training", {"linestyle": "--", "linewidth": 1}),
+    ]
+    for axis, name in zip(row[0], against, strict=True):
+        for place, (colour, label) in name_lines(found).items():
+            axis.plot([], [], color=colour, label=label)
+            for field, _, style in styles:
+                axis.plot(*points(found[place], "valid", name, field), color=colour, **style)
+        for _, label, style in styles:
+            axis.plot([], [], color="grey", label=label, **style)
+        axis.set_xlabel(AXES[name][0])
+        axis.set_yscale("log")  # the first epochs would flatten the others
+        axis.grid(True, which="both", linewidth=0.3)
+        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatter(plt.matplotlib.ticker.FormatStrFormatter("%g"))
+    row[0][0].set_ylabel("perplexity")
+    row[0][0].legend(fontsize=9)
+    return figure
 
 
-def draw_nth_farthest(plt: Any, found: Sequence[Run]) -> Any:
-    """Test accuracy (above) and training loss (below), against steps (left) and minutes (right)."""
-    require_events(found, "train")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex="col", sharey="row", layout="constrained")
-    for number, run in enumerate(found):
-        for column, (x, scale) in enumerate((("step", 1.0), ("seconds", 1 / MINUTE))):
-            axes[0][column].plot(
-                *run.series("train", x, "test_accuracy", scale), color=f"C{number}", label=run.label
-            )
-            axes[1][column].plot(*run.series("train", x, "loss", scale), color=f"C{number}")
-    for axis in axes[0]:
-        for value, name in reference_lines(found):
-            axis.axhline(value, color="grey", linestyle=":", linewidth=1)
-            axis.annotate(
-                name,
-                (1, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(-3, 2),
-                textcoords="offset points",
-                fontsize=8,
-                color="grey",
-                ha="right",
-            )
-        axis.set_ylim(0, 1.02)
+def draw_nth_farthest(plt: Any, found: Sequence[Run], against: Sequence[str]) -> Any:
+    """Draw test accuracy (above) and training loss (below) against each of the given axes."""
+    figure, axes = plt.subplots(
+        2, len(against), figsize=(5.5 * len(against), 7), sharex="col", sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for column, name in enumerate(against):
+        above, below = axes[0][column], axes[1][column]
+        for place, (colour, label) in name_lines(found).items():
+            run = found[place]
+            above.plot(*points(run, "train", name, "test_accuracy"), color=colour, label=label)
+            below.plot(*points(run, "train", name, "loss"), color=colour)
+        for value, text in reference_lines(found):
+            above.axhline(value, color="grey", linestyle=":", linewidth=1)
+            above.annotate(
+                text, (1, value), xycoords=("axes fraction", "data"), xytext=(-3, -3),
+                textcoords="offset points", fontsize=9, color="dimgrey", ha="right", va="top",
+            )  # fmt: skip
+        above.set_ylim(0, 1.02)
+        below.set_xlabel(AXES[name][0])
     axes[0][0].set_ylabel("test accuracy")
     axes[1][0].set_ylabel("training loss (nats)")
-    axes[1][0].set_xlabel("steps")
-    axes[1][1].set_xlabel("minutes")
-    axes[0][0].legend(fontsize=8, loc="upper left")
+    axes[0][0].legend(fontsize=10, loc="upper left")
     return figure
 
 
 def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
-    """Accuracies worth a line, with names: chance, plateau and, where the task is the paper's, its result."""
+    """Return accuracies to compare with, and their names."""
     lines = {}
     for K in sorted({int(run.arguments["num_vectors"]) for run in found}):
-        lines[1 / K] = f"chance 1/{K}"
-        # n = K - 1 asks for m itself: right in 1/K of the cases, and in the others a guess among K - 1
-        # labels.
-        lines[1 / K + (K - 1) / K * 1 / (K - 1)] = f"plateau 2/{K}"
+        lines[1 / K] = f"chance, 1/{K}"
+        # For n = K - 1 the answer is m itself. In the other cases one of K - 1 labels is guessed.
+        lines[1 / K + (K - 1) / K * 1 / (K - 1)] = f"chance + nearest, 2/{K}"
     if any((run.arguments["num_vectors"], run.arguments["num_dims"]) == (8, 16) for run in found):
         lines[PAPER_ACCURACY] = "the paper's RMC, 91 %"
     return sorted(lines.items())
 
 
-def draw_language_models(plt: Any, found: Sequence[Run]) -> Any:
-    """Validation (solid; averaged weights dotted) and training (dashed) perplexity.
-
-    Against epochs (left) and minutes (right).
-    """
-    require_events(found, "valid")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for number, run in enumerate(found):
-        for axis, (x, scale) in zip(axes, (("epoch", 1.0), ("seconds", 1 / MINUTE)), strict=True):
-            axis.plot(
-                *run.series("valid", x, "ppl", scale),
-                color=f"C{number}",
-                marker=".",
-                label=f"{run.label}: valid",
-            )
-            averaged = run.series("valid", x, "average_ppl", scale)
-            if averaged[0]:
-                axis.plot(*averaged, color=f"C{number}", linestyle=":", label=f"{run.label}: averaged")
-            axis.plot(
-                *run.series("valid", x, "train_ppl", scale),
-                color=f"C{number}",
-                linestyle="--",
-                linewidth=1,
-                label=f"{run.label}: train",
-            )
-    for axis, name in zip(axes, ("epochs", "minutes"), strict=True):
-        axis.set_xlabel(name)
-        axis.set_yscale("log")  # the first epochs must not hide the last
-        axis.grid(True, which="both", linewidth=0.3)
-        axis.yaxis.set_major_formatter(plt.matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.FormatStrFormatter("%g"))
-    axes[0].set_ylabel("perplexity")
-    axes[0].legend(fontsize=8)
-    return figure
-
-
-def require_events(found: Sequence[Run], event: str) -> None:
-    """Raises UserError unless at least one run has something to draw."""
-    if not any(entry.get("event") == event for run in found for entry in run.events):
-        raise UserError(
-            f"nothing to plot yet: no {event!r} event in the log of {', '.join(run.label for run in found)}."
-        )
-
-
-def draw_attention(weights: Any, path: Path) -> None:
-    """Draws the attention of one sequence: a row of pictures per head, a column per time step.
+def draw_runs(paths: Sequence[Path], path: Path, against: Sequence[str] | None = None) -> int:
+    """Draw the curves of runs into a PNG. Return the number of runs.
 
     Args:
-        weights: (T, heads, R, R) array; query rows, then key rows, the input row being the
-            last.
+        paths: as run_files.read_runs takes them; all language models or all Nth farthest.
         path: the PNG to write.
+        against: keys of AXES; None for epochs and wall time, or steps and wall time for Nth farthest.
 
     Raises:
-        UserError: no matplotlib, or the file cannot be written.
+        UserError: no matplotlib, no run to draw, both kinds of run, an axis that the runs do not have, or a
+            file that cannot be written.
     """
     plt = import_pyplot()
-    steps, heads, rows, _ = weights.shape
-    figure, axes = plt.subplots(
-        heads, steps, figsize=(1 + 0.9 * steps, 0.9 + 0.9 * heads), squeeze=False, layout="constrained"
-    )
-    for head in range(heads):
-        for step in range(steps):
-            axis = axes[head][step]
-            # The input row's own query is left out: its result is dropped when there is one block.
-            image = axis.imshow(weights[step, head, : rows - 1], vmin=0, vmax=1, cmap="magma", aspect="auto")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if head == 0:
-                axis.set_title(f"step {step + 1}", fontsize=8)
-            if step == 0:
-                axis.set_ylabel(f"head {head + 1}", fontsize=8)
-    figure.supxlabel(f"key row: slots 1 to {rows - 1}, then the input (last column)", fontsize=8)
-    figure.supylabel(f"query row: slots 1 to {rows - 1}", fontsize=8)
-    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
-    save(figure, plt, path)
+    found = run_files.read_runs(paths, why_unusable)
+    nth_farthest = found[0].is_nth_farthest
+    if any(run.is_nth_farthest != nth_farthest for run in found):
+        raise UserError(
+            "language models and Nth-farthest runs cannot share a plot. Give the runs of one kind, for "
+            "example with runs/train_rmc-* in place of runs."
+        )
+    against = against or (("steps", "wall") if nth_farthest else ("epochs", "wall"))
+    if nth_farthest and {"epochs", "tokens"} & set(against):
+        raise UserError("Nth-farthest runs have no epochs or tokens. Use --against steps wall.")
+    if "tokens" in against and any("corpus" not in run.record for run in found):
+        raise UserError("a run's args.json does not hold the size of its corpus. Use --against epochs.")
+    draw = draw_nth_farthest if nth_farthest else draw_language_models
+    figure = draw(plt, found, against)
+    try:
+        files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --outf.") from None
+    finally:
+        plt.close(figure)
+    return len(found)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags of the script."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="a path as above")
+    parser.add_argument("--outf", type=Path, default=Path("runs.png"), metavar="PNG", help="file to write")
     parser.add_argument(
-        "folders",
+        "--against",
         nargs="+",
-        type=Path,
-        metavar="RUN_FOLDER",
-        help="folders with args.json and log.jsonl, or folders that hold such, as runs/ and results/ do",
+        choices=list(AXES),
+        help="horizontal axes, one panel for each (default: epochs wall; Nth farthest: steps wall)",
     )
-    parser.add_argument(
-        "--outf", type=Path, default=Path("runs.png"), metavar="PNG", help="the picture to write"
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draws what the command line asks for; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    count = draw_runs(args.folders, args.outf)
-    print(f"curves of {count} run{'s' if count > 1 else ''}: {args.outf}")
-    return 0
+    args = parser.parse_args(argv)
+    count = draw_runs(args.paths, args.outf, args.against)
+    console.say(f"curves of {count} run{'s' if count > 1 else ''}: {args.outf}")
 
 
 if __name__ == "__main__":

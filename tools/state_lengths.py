@@ -1,22 +1,22 @@
-"""How a language model's perplexity depends on how much state it carries, after the paper's figure 12.
+"""Measure how a language model's perplexity depends on how many words its state has seen (figure 12 of the
+paper, Santoro et al. 2018).
 
-With resets every L words, the targets of a text are cut into segments of L in a row, the last one shorter,
-and each segment is read from the initial state. Target number k of a segment is then predicted from exactly k
-words, those since the reset: k = 1 is the first, predicted from one word. Every target of the text is scored
-once for each L. Two numbers come of it:
+With resets every L words, the targets of a text are cut into segments of L (the last one may be shorter), and
+each segment is read from the initial state. Target k of a segment is predicted from k words, those since the
+reset. Every target of the text is scored once for each L. Two numbers come out:
 
-    loss           with resets every L words, the mean over all targets: what a state of at most L words is
-                   worth
-    loss_between   with resets every L_max words, the longest of the lengths asked for, the mean over those
-                   targets that come more than L' and at most L words after a reset, L' being the next shorter
-                   length: how perplexity falls with the words since a reset, all on the same segments
+    loss           mean over all targets, with resets every L words: the worth of a state of at most L words
+    loss_between   with resets every L_max words, the largest given length: mean over the targets that have
+                   more than L' and at most L words since the reset, where L' is the next smaller length
 
-Segments are independent of each other, so that many are read side by side, and for each L no more than the
-text itself has to be read.
+The table and the CSV file also hold the loss with the state carried through the whole split ("never").
+
+Example: python tools/state_lengths.py runs/my-run --lengths 10 100 1000
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
@@ -24,22 +24,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import _project  # noqa: F401
 import torch
 
-from data_utils import IGNORED
+from data_utils import IGNORED, load_corpus
 from layers.language_model import LanguageModel, perplexity
-from training import files
+from training import checkpoints, console, devices, files, flags
+from training.console import UserError
+from training.lm_training import evaluate, find_checkpoint, load_model
 
-WINDOW = 100  # places of a segment read at once
-TOKENS_AT_ONCE = 6400  # of all segments together
+WINDOW = 100  # words of a segment that are read at once
+TOKENS_AT_ONCE = 6400  # of all segments that are read side by side
+SPLITS = ("valid", "test")
 
 
 @dataclass(frozen=True)
 class StateLength:
-    """What a state of so many words is worth; losses in nats per token.
+    """Losses in nats per token for states of at most `words` words, as explained at the top of this file.
 
-    words: L. loss, targets: with resets every L words, and how many targets that are. loss_between,
-    targets_between: as the module says; nan and 0 where the text is shorter.
+    loss_between is nan, and targets_between 0, where the text is shorter than the bin.
     """
 
     words: int
@@ -53,13 +56,13 @@ class StateLength:
 def losses_since_reset(
     model: LanguageModel, ids: torch.Tensor, length: int, edges: Sequence[int], device: torch.device | str
 ) -> tuple[list[float], list[int]]:
-    """Summed nats and numbers of the targets between edges, with resets every `length` words.
+    """Return the summed nats and the number of targets of each bin, with resets every `length` words.
 
     Args:
         model: in eval mode.
         ids: the text, (N,).
-        edges: increasing numbers of words since the reset, the last of them `length`: bin i holds the targets
-            with more than edges[i - 1] (0 for the first) and at most edges[i].
+        edges: increasing numbers of words, the last one `length`. Bin i holds the targets with more than
+            edges[i - 1] (0 for the first bin) and at most edges[i] words since the reset.
     """
     ids, pairs = ids.to(device), len(ids) - 1
     starts = torch.arange(0, pairs, length, device=device)
@@ -74,7 +77,7 @@ def losses_since_reset(
             high = min(high, max(lengths))
             for first in range(low, high, WINDOW):
                 places = begin[:, None] + torch.arange(first, min(first + WINDOW, high), device=device)
-                inside = places < pairs  # the text's last segment ends early
+                inside = places < pairs  # the last segment of the text may be shorter
                 places = places.clamp(max=pairs - 1)
                 targets = torch.where(inside, ids[places + 1].long(), IGNORED)
                 window_nats, state = model(ids[places].long(), targets, state)
@@ -86,30 +89,25 @@ def losses_since_reset(
 def state_lengths(
     model: LanguageModel, ids: torch.Tensor, lengths: Sequence[int], device: torch.device | str
 ) -> list[StateLength]:
-    """The numbers of the module's docstring, one row per length, in increasing order."""
+    """Measure the losses of a text, (N,), for each length, in increasing order. The model is in eval mode."""
     lengths = sorted(set(lengths))
-    was_training = model.training
-    model.eval()
-    try:
-        since, counts = losses_since_reset(model, ids, lengths[-1], lengths, device)
-        rows = []
-        for words, between, between_count in zip(lengths, since, counts, strict=True):
-            if words == lengths[-1]:
-                total, count = sum(since), sum(counts)
-            else:
-                (total,), (count,) = losses_since_reset(model, ids, words, [words], device)
-            share = between / between_count if between_count else math.nan
-            rows.append(StateLength(words, total / count, count, share, between_count))
-        return rows
-    finally:
-        model.train(was_training)
+    since, counts = losses_since_reset(model, ids, lengths[-1], lengths, device)
+    rows = []
+    for words, between, between_count in zip(lengths, since, counts, strict=True):
+        if words == lengths[-1]:
+            total, count = sum(since), sum(counts)
+        else:
+            (total,), (count,) = losses_since_reset(model, ids, words, [words], device)
+        share = between / between_count if between_count else math.nan
+        rows.append(StateLength(words, total / count, count, share, between_count))
+    return rows
 
 
 def table(rows: Sequence[StateLength], carried: float, columns: int) -> str:
-    """The rows as text, and below them the loss with the state carried through the whole split.
+    """Return the rows as text, and below them the perplexity with the state carried through the split.
 
-    On the left perplexity with the state reset every so many words; on the right, by the words since a reset,
-    with resets at the longest of the lengths; each with the number of targets that it is the mean of.
+    Left: perplexity with the state reset every so many words. Right: perplexity by the words since a reset,
+    with resets at the largest length. Each with its number of targets.
     """
     numbers, longest = f"  {'ppl':>9}  {'targets':>9}", f"every {rows[-1].words:,}"
     lines = [
@@ -127,7 +125,7 @@ def table(rows: Sequence[StateLength], carried: float, columns: int) -> str:
 
 
 def write_csv(path: Path, splits: dict[str, tuple[Sequence[StateLength], float]], columns: int) -> None:
-    """Writes the rows of all splits; the carried state's row has no number of words, but one of columns."""
+    """Write the rows of all splits. The row of the carried state has columns in place of words."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["split", "words", "columns", "loss", "targets", "loss_between", "targets_between"])
@@ -137,3 +135,47 @@ def write_csv(path: Path, splits: dict[str, tuple[Sequence[StateLength], float]]
             writer.writerow([split, row.words, "", repr(row.loss), row.targets, between, row.targets_between])
         writer.writerow([split, "", columns, repr(carried), "", "", ""])
     files.atomic_write(path, lambda file: file.write(text.getvalue().encode("utf-8")))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure a trained model, print the tables and write state_lengths.csv."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="RUN_OR_CHECKPOINT", help="run folder with a best.pt, or a checkpoint")
+    add("--lengths", nargs="+", type=flags.positive_int, default=[1, 10, 100, 1000], metavar="WORDS",
+        help="reset the state every so many words")  # fmt: skip
+    add("--data", metavar="FOLDER", help="corpus folder (default: the corpus that the model was trained on)")
+    add("--eval-batch-size", "--eval_batch_size", type=flags.positive_int, default=1, metavar="N",
+        help="columns of the evaluation without resets; 1 reads a split as one stream")  # fmt: skip
+    add(
+        "--outf", type=Path, metavar="CSV", help="file to write (default: state_lengths.csv beside the model)"
+    )
+    add("--cuda", action="store_true", help="use the GPU")
+    add("--threads", type=flags.thread_count, default=0, metavar="N",
+        help="CPU threads; 0 = torch's choice")  # fmt: skip
+    args = parser.parse_args(argv)
+    path = find_checkpoint(args.model)
+    device = devices.choose_device(args.cuda, args.threads)
+    checkpoint = checkpoints.load_checkpoint(path)
+    model, vocabulary = load_model(checkpoint, device)
+    saved = checkpoint.get("args") or {}
+    corpus = load_corpus(args.data or saved.get("data", ""), saved.get("vocab_from", "all"))
+    if corpus.vocabulary.words != vocabulary.words:
+        raise UserError(
+            f"{path} and the corpus {corpus.folder} have different vocabularies ({len(vocabulary):,} and "
+            f"{len(corpus.vocabulary):,} words). Give the corpus that the model was trained on with --data."
+        )
+    found = {}
+    for split in SPLITS:
+        ids = getattr(corpus, split)
+        carried = evaluate(model, ids, args.eval_batch_size, WINDOW, device, label=split)
+        rows = state_lengths(model, ids, args.lengths, device)
+        console.say(f"{split}:\n{table(rows, carried, args.eval_batch_size)}")
+        found[split] = (rows, carried)
+    outf = args.outf or path.parent / "state_lengths.csv"
+    write_csv(outf, found, args.eval_batch_size)
+    console.say(f"written: {outf}")
+
+
+if __name__ == "__main__":
+    console.run_script(main, lower="--lengths")

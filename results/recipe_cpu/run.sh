@@ -1,25 +1,13 @@
 #!/usr/bin/env bash
-# Short CPU runs of the recipe's parts, one after the other: WikiText-2 with small models, without and with the
-# parts; the bundled corpus with one part at a time. Runs that are finished are left alone, so that it may be
-# stopped and called again.
+# The short CPU runs of runs.jsonl, one after the other: WikiText-2 with small models, without and with the parts of
+# the regularised recipe; the bundled corpus with one part at a time.
 #
-#   OUT     folder of the runs        (runs/recipe_cpu)
-#   PYTHON  the interpreter           (python)
+# Settings: OUT (runs/recipe_cpu), MINUTES and PYTHON, see results/train.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/recipe_cpu}
-PYTHON=${PYTHON:-python}
-
-# train SCRIPT NAME FLAGS...
-train() {
-    local folder=$OUT/$2
-    if grep -qs '"event": "test"' "$folder/log.jsonl"; then return; fi
-    if [[ -e $folder/args.json ]]; then
-        "$PYTHON" "$1.py" --resume "$folder"
-    else
-        "$PYTHON" "$1.py" "${@:3}" --runs-folder "$OUT" --name "$2"
-    fi
-}
+DEVICE=
+source results/train.sh
 
 small=(--data wikitext-2 --adaptivesoftmax --cutoffs 1000 5000 20000 --batch_size 32 --bptt 35
     --dropout 0.1 --lr 0.002 --clip 0.25 --epochs 2 --threads 1)

@@ -1,0 +1,45 @@
+"""Pack run folders into one study file: one run per line, with all of args.json and every event of the log.
+
+Checkpoints are not packed. The other tools read study files like run folders.
+
+Example: python tools/pack_runs.py runs/search-* --outf results/search.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import _project  # noqa: F401
+import run_files
+
+from training import console, files, flags
+
+
+def pack(folder: Path) -> str:
+    """Return the line of a study file that holds a run folder's arguments and log."""
+    run_files.read_run_folder(folder)  # refuses a damaged run
+    record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    log = []
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # half a line, left by a run that was killed
+            log.append(json.loads(line))
+    entry = {"name": folder.resolve().name, "args": record, "log": log}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--outf", type=Path, required=True, metavar="JSONL", help="the study file to write")
+    args = parser.parse_args(argv)
+    text = "".join(pack(folder) for folder in args.folders)
+    files.atomic_write(args.outf, lambda file: file.write(text.encode("utf-8")))
+    console.say(f"{len(args.folders)} runs packed into {args.outf}")
+
+
+if __name__ == "__main__":
+    console.run_script(main)
