@@ -27,7 +27,7 @@ from nth_farthest import (
     make_batch,
     question_of,
 )
-from training import checkpoints, console, devices, distributed, flags, trainer
+from training import checkpoints, console, devices, distributed, files, flags, trainer
 from training.console import UserError, say, warn
 from training.distributed import ALONE, Processes
 from training.flags import option
@@ -358,31 +358,41 @@ def measure(
 
 
 def draw_attention(model: NthFarthestModel, inputs: Tensor, path: Path) -> None:
-    """Draw the attention in one example: a panel per time step and head, query rows over key rows."""
+    """Draw the attention of one sequence: a row of pictures for each head, a column for each time step.
+
+    A picture has a row for each memory slot as query and a column for each key: the slots, then the input.
+
+    Args:
+        inputs: one sequence, (1, K, F).
+        path: the PNG to write. If matplotlib is missing or the file cannot be written, one line says so.
+    """
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        say("no picture of the attention: it requires matplotlib (pip install matplotlib)")
+    except ImportError as error:
+        say(f"no picture of the attention: matplotlib cannot be imported ({error})")
         return
-    weights = model.attention(inputs)[0].cpu().numpy()  # (T, heads, rows, rows)
+    weights = model.attention(inputs)[0].cpu().numpy()  # (T, heads, R, R); the input row is the last one
     steps, heads, rows, _ = weights.shape
-    figure = Figure(figsize=(0.6 + 0.9 * steps, 0.8 + 0.9 * heads), layout="constrained")
+    figure = Figure(figsize=(1 + 0.9 * steps, 0.9 + 0.9 * heads), layout="constrained")
     axes = figure.subplots(heads, steps, squeeze=False)
     for head in range(heads):
         for step in range(steps):
-            axis = axes[head, step]
-            axis.imshow(weights[step, head], vmin=0, vmax=1, cmap="viridis")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if head == 0:
-                axis.set_title(f"step {step + 1}", fontsize=8)
-            if step == 0:
-                axis.set_ylabel(f"head {head + 1}", fontsize=8)
-    figure.suptitle(
-        f"Attention weights: from each row (down) to each row; row {rows} is the input", fontsize=9
-    )
-    figure.savefig(path, dpi=100)
-    say(f"attention on one example: {path}")
+            # The input row as query is omitted: with one block its result is dropped.
+            shown = weights[step, head, : rows - 1]
+            image = axes[head][step].imshow(shown, vmin=0, vmax=1, cmap="magma", aspect="auto")
+            axes[head][step].set(xticks=[], yticks=[])
+        axes[head][0].set_ylabel(f"head {head + 1}", fontsize=8)
+    for step in range(steps):
+        axes[0][step].set_title(f"step {step + 1}", fontsize=8)
+    figure.supxlabel(f"key: slots 1 to {rows - 1}, then the input (last column)", fontsize=8)
+    figure.supylabel(f"query: slots 1 to {rows - 1}", fontsize=8)
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
+    try:
+        files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    except OSError as error:
+        say(f"no picture of the attention: cannot write {path} ({error.strerror or error})")
+    else:
+        say(f"attention on one example: {path}")
 
 
 # ---- the script

@@ -31,7 +31,7 @@ from data_utils import IGNORED, load_corpus
 from layers.language_model import LanguageModel, perplexity
 from training import checkpoints, console, devices, files, flags
 from training.console import UserError
-from training.lm_training import evaluate, find_checkpoint, load_model
+from training.language_modelling import evaluate, find_checkpoint, load_model
 
 WINDOW = 100  # words of a segment that are read at once
 TOKENS_AT_ONCE = 6400  # of all segments that are read side by side
