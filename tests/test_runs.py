@@ -3,7 +3,6 @@
 FUZZ_EXAMPLES=20000 lets hypothesis try so many inputs.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -87,19 +86,11 @@ def test_runs_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):  # for root, permissions are no obstacle
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(runs.Path, "mkdir", refuse)
-    with pytest.raises(UserError, match="Read-only file system. Choose another --runs-folder"):
-        create(tmp_path, None)
-
-
-def test_failure_while_creating_leaves_nothing(tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(runs, "atomic_write", fail)
-    with pytest.raises(UserError, match="No space left"):
-        create(tmp_path, "run")
-    assert os.listdir(tmp_path) == []
+    for owner, name in ((runs, "atomic_write"), (runs.Path, "mkdir")):
+        monkeypatch.setattr(owner, name, refuse)
+        with pytest.raises(UserError, match="Read-only file system. Choose another --runs-folder"):
+            create(tmp_path, "run")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_newest_run_has_the_latest_best_model_of_the_scripts(tmp_path):
@@ -266,33 +257,6 @@ def test_any_args_json_is_read_or_refused(change, whole, tmp_path):
         with contextlib.suppress(UserError):
             args = resume(tmp_path)
             assert args.width >= 1 and math.isfinite(args.bias) and args.cuda in (True, False)
-
-
-def converted(kind, text):
-    try:
-        return kind(text)
-    except argparse.ArgumentTypeError as error:
-        assert str(error).startswith("must be ") and repr(text)[1:-1] in str(error)
-        return None
-
-
-@pytest.mark.parametrize(
-    "kind, good, bad",
-    [
-        (flags.positive_int, "1 2147483647", "0 -1 1.5 x nan inf 2147483648 1e3"),
-        (flags.non_negative_int, "0 5", "-1 0.0"),
-        (flags.layer_count, "1 1000", "0 1001"),
-        (flags.seed_int, "0 4294967295", "-1 4294967296"),
-        (flags.finite_float, "0 -3.5", "nan inf -inf 1e999 x"),
-        (flags.positive_float, "1e-9 3", "0 -1 nan inf"),
-        (flags.non_negative_float, "0 3", "-0.1 nan inf"),
-        (flags.fraction, "0 0.99", "1 -0.1 nan"),
-        (flags.probability, "0.01 1", "0 1.01 nan"),
-    ],
-)
-def test_types_of_flags(kind, good, bad):
-    assert [converted(kind, text) for text in good.split()] == [float(text) for text in good.split()]
-    assert [converted(kind, text) for text in ["", *bad.split()]] == [None] * (1 + len(bad.split()))
 
 
 # ---- log.jsonl
