@@ -1,7 +1,7 @@
-"""Checkpoints: plain data, written whole, read without running code.
+"""Checkpoints: plain data (tensors, numbers, strings, None, lists, tuples, dicts) in torch.save's format.
 
-A checkpoint holds tensors, numbers, strings, lists and dicts. It is written under a temporary name and
-renamed, so that a file of the right name is a whole file.
+They are written under a temporary name and renamed, so that a checkpoint is never half written. Reading one
+cannot run code.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CHECKPOINT_FORMAT = 1  # increases when older code can no longer read the conten
 
 
 def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
-    """Write plain data (tensors, numbers, strings, None, lists, tuples, dicts), all or nothing."""
+    """Write a checkpoint. If this fails, the earlier file stays."""
     record = {"format": CHECKPOINT_FORMAT, "project": VERSION, "torch": str(torch.__version__), **contents}
     atomic_write(path, lambda file: torch.save(record, file))
 
 
 def try_save_checkpoint(path: str | Path, contents: dict[str, Any]) -> bool:
-    """Save a checkpoint; on failure (disk full, folder removed) warn, keep the earlier file, return False."""
+    """Write a checkpoint. If this fails (disk full, folder removed), warn and return False."""
     try:
         save_checkpoint(path, contents)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns some failed writes into RuntimeError
@@ -43,7 +43,7 @@ def try_save_checkpoint(path: str | Path, contents: dict[str, Any]) -> bool:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint. The file can run no code, and a damaged file is refused.
+    """Read a checkpoint.
 
     Args:
         path: a file written by `save_checkpoint`.
@@ -58,11 +58,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     try:
         _check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual contents; errors are what matters
+            warnings.simplefilter("ignore")  # about unusual contents, which are checked below
             contents = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
-    except Exception as error:  # pickle, zip and torch raise almost anything on foreign bytes
+    except Exception as error:  # zipfile, pickle and torch raise many types for foreign bytes
         if is_out_of_memory(error):
             raise UserError(
                 f"{path} needs more memory than is available, for a file of {path.stat().st_size:,} bytes "
@@ -78,12 +78,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         )
     if type(contents["format"]) is not int or contents["format"] != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path} has checkpoint format {contents['format']!r:.80}, of project version "
-            f"{contents.get('project')!r:.80}; this version, {VERSION}, reads format {CHECKPOINT_FORMAT}. "
+            f"{path} has checkpoint format {_brief(contents['format'])}, of project version "
+            f"{_brief(contents.get('project'))}; this version, {VERSION}, reads format {CHECKPOINT_FORMAT}. "
             "Use the version of the project that wrote it."
         )
     for tensor in _tensors(contents):
-        # A tensor of stride 0 can claim any size over a small storage, and takes that much once copied.
+        # A tensor of stride 0 can have any size over a small storage; a copy of it takes that much memory.
         if (
             tensor.layout is not torch.strided
             or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
@@ -96,11 +96,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 
 def load_last(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-    """Return the contents of a run's last.pt, or None for a run that was killed before its first save.
+    """Return the contents of a run's last.pt, or None if the run was killed before its first save.
 
     Raises:
-        UserError: as `load_checkpoint`; or last.pt is missing although the log shows later work: started
-            again, the run would mix two runs in one folder.
+        UserError: see `load_checkpoint`; or the log shows that a last.pt was deleted. Training from the start
+            would then mix two runs in one folder.
     """
     path, log = folder / "last.pt", folder / "log.jsonl"
     if path.exists():
@@ -110,17 +110,17 @@ def load_last(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any
         later = isinstance(epoch, (int, float)) and epoch > 1
         if later or event.get("event") in ("test", "final", "interrupt"):
             raise UserError(
-                f"{folder} has no last.pt, although its log shows a run that had saved one. Start a new run "
+                f"{folder} has no last.pt, although its log shows that one was written. Start a new run "
                 "without --resume."
             )
     return None
 
 
-_DOS_FOLDER = 0x10  # attribute of a zip entry
+_DOS_FOLDER = 0x10  # the attribute of a folder in a zip archive
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError or zipfile's errors unless the file is an intact archive as torch.save writes it."""
+    """Raise ValueError, or an error of zipfile's, unless the file is an intact archive of torch.save's."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         # torch stores without compression; compressed entries could expand to any size.
@@ -136,8 +136,13 @@ def _check_archive(path: Path) -> None:
             raise ValueError(f"checksum of {damaged} is wrong")
 
 
+def _brief(value: Any) -> str:
+    """Return a value from a checkpoint for a message, in one line."""
+    return repr(value).splitlines()[0][:80]
+
+
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield all tensors in nested containers, visiting each container once: they may contain each other."""
+    """Yield all tensors in nested containers, which may also contain each other or themselves."""
     waiting, seen = [value], set()
     while waiting:
         value = waiting.pop()
@@ -148,7 +153,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
-# ---- what checkpoints contain
+# ---- contents
 
 
 def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Module]]) -> nn.Module:
@@ -156,7 +161,7 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
 
     Args:
         checkpoint: the contents of a best.pt or last.pt.
-        kinds: the classes that `kind` may mean.
+        kinds: the model classes by `kind`.
 
     Raises:
         UserError: the checkpoint is of another kind, or its parts do not fit together.
@@ -164,15 +169,15 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
     kind = checkpoint.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(
-            f"the checkpoint holds a model of kind {kind!r:.80}, expected {' or '.join(map(repr, kinds))}. "
+            f"the checkpoint holds a model of kind {_brief(kind)}, expected {' or '.join(map(repr, kinds))}. "
             "Use a checkpoint of the right script."
         )
     try:
         config, weights = checkpoint["config"], checkpoint["model"]
-        for name, value in config.items():  # layers are built one by one: a made-up number would take forever
+        for name, value in config.items():  # layers are built one by one: 10^9 of them would take forever
             if isinstance(value, int) and ("layers" in name or "blocks" in name) and value > len(weights):
-                raise ValueError(f"{name} is {value}, with {len(weights)} weights in all")
-        # Built without memory first: a config may describe a larger model than the file holds.
+                raise ValueError(f"{name} is {value}, but there are {len(weights)} weights")
+        # First without memory: the config may describe a larger model than the file contains.
         with torch.device("meta"):
             expected = {name: value.shape for name, value in kinds[kind](**config).state_dict().items()}
         for name in sorted(expected.keys() | weights.keys()):
@@ -194,9 +199,9 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless each tensor of a loaded optimiser's state fits its parameter.
+    """Raise ValueError unless the tensors of an optimiser's state have their parameter's shape and type.
 
-    torch's fused kernels do not check sizes and would write beyond the tensor.
+    torch's fused kernels do not check this and would write beyond the end of a smaller tensor.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -210,14 +215,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def restore_fields(position: Any, saved: Mapping[str, Any]) -> None:
-    """Set a dataclass's fields from a checkpoint's dict.
+    """Set the fields of a dataclass from a checkpoint's dict.
 
     Raises:
-        KeyError, ValueError: a field is missing, of another type, or a negative count.
+        KeyError: a field is missing.
+        ValueError: a value is of another type or a negative count.
     """
     for name, present in vars(position).items():
         value = saved[name]
         kinds = (int, float) if isinstance(present, float) else type(present)
         if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-            raise ValueError(f"{name} is {value!r:.80}")
+            raise ValueError(f"{name} is {_brief(value)}")
         setattr(position, name, value)

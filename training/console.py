@@ -1,4 +1,4 @@
-"""What a script prints and which signals stop it: messages, errors, exit status, progress bars."""
+"""What scripts print, how they end, and the signals that stop them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 EXIT_USER_ERROR = 2  # as argparse exits
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-# Schedulers send these to announce the end of a job; a closed terminal sends SIGHUP.
+# Schedulers send SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU before they end a job; a closed terminal sends SIGHUP.
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -37,7 +37,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an exception, or one that it hides, reports that host or device memory ran out."""
+    """Return whether an exception, or one in its context, reports that host or device memory ran out."""
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             return True
@@ -90,7 +90,7 @@ def run_script(
         status = EXIT_USER_ERROR
         report(f"out of memory: {first_line(error)}\nLower {lower}.")
     except OSError as error:
-        if error.filename is None:  # not about a file of the user's: a bug, which needs its traceback
+        if error.filename is None:  # a bug: keep its traceback
             raise
         status = EXIT_USER_ERROR
         report(f"{error.filename}: {error.strerror}")
@@ -101,25 +101,29 @@ def run_script(
 class LastingStream:
     """Standard output or error whose loss does not end the script.
 
-    A closed terminal, a pipe without a reader or a full disk makes every write fail. From the first failure
-    on, output is discarded: log.jsonl holds all of it. A character that the encoding lacks is escaped.
+    Writing fails after a terminal was closed, to a pipe without a reader or on a full disk. From the first
+    failure on, all output is discarded; log.jsonl has the numbers. Characters that the encoding does not have
+    are escaped.
+
+    Args:
+        stream: the stream to write to; None, as Python sets it if the file was closed, discards everything.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        with contextlib.suppress(AttributeError):  # a stream that a caller has put in place
-            stream.reconfigure(errors="backslashreplace")
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
+        with contextlib.suppress(AttributeError):  # not a file, as in tests
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or discard what can no longer be written."""
+        """Write the text, or discard it if the stream is lost."""
         self._try(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or discard what can no longer be written."""
+        """Flush, or discard what cannot be written."""
         self._try(self.stream.flush)
 
     def _try(self, write: Callable[[], Any]) -> None:
@@ -127,7 +131,7 @@ class LastingStream:
             write()
         except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.stream.fileno())  # so that the flush at exit succeeds too
+            os.dup2(null, self.stream.fileno())  # later writes, and the flush at exit, succeed
             os.close(null)
             if self is sys.stdout:
                 warn(f"standard output is lost ({error.strerror}); the script continues without it")
@@ -143,12 +147,12 @@ def say(text: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print one line on standard error, for what does not stop the script."""
+    """Print a warning on standard error without breaking a progress bar."""
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def command(script: str, *arguments: object, launcher: str = "python") -> str:
-    """Return a command line that runs one of this project's scripts from the current folder, quoted."""
+    """Return a shell command that runs one of this project's scripts from the current folder."""
     path = os.path.relpath(Path(__file__).resolve().parent.parent / f"{script}.py")
     return f"{launcher} {shlex.join([path, *map(str, arguments)])}"
 
@@ -159,7 +163,7 @@ class Progress:
     Args:
         total: number of steps.
         label: text before the bar and before every line.
-        done: steps that were already taken, in a resumed run.
+        done: steps already taken, in a resumed run.
         unit: name of a step.
         quiet: show the bar only, no lines.
     """
@@ -191,7 +195,7 @@ class Progress:
         self.bar.update(steps)
 
     def report(self, short: str, line: str | None = None) -> None:
-        """Show numbers: the short text beside the bar, or the line (default: the short text) without one."""
+        """Show the short text beside the bar; without a bar, print the line (default: the short text)."""
         if not self.bar.disable:
             self.bar.set_postfix_str(short)
         elif not self.quiet:
@@ -203,18 +207,21 @@ class Progress:
 
 
 class Interrupts:
-    """While open, a stop signal does not end the process but sets `requested`, to be read between steps.
+    """While open, stop signals set `requested`, to be read between steps, and do not end the process.
 
-    The signals are Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU. A second Ctrl-C raises
-    KeyboardInterrupt at once. SIGHUP stays ignored where it was ignored before, as under nohup.
+    A second Ctrl-C raises KeyboardInterrupt at once. Except for SIGINT, a signal that was ignored before
+    stays ignored, as SIGHUP does under nohup.
+
+    Attributes:
+        requested: name of the last signal, or None.
     """
 
     def __init__(self) -> None:
-        self.requested: str | None = None  # name of the signal
+        self.requested: str | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
+        if threading.current_thread() is threading.main_thread():  # only there can signals be caught
             for number in STOP_SIGNALS:
                 if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
                     continue
@@ -230,25 +237,25 @@ class Interrupts:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        # os.write, because the signal may have interrupted a print.
+        # Not print, which the signal may have interrupted.
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step (press Ctrl-C again to stop at once)\n")
 
     @property
     def exit_status(self) -> int:
-        """128 + signal number, as shells report it; 0 if nothing was requested."""
+        """128 + the number of the signal, as in shells; 0 without a signal."""
         return 128 + signal.Signals[self.requested].value if self.requested else 0
 
 
 class Alarm:
-    """A timer that is due once per period, such as the next save. A period of 0 is never due."""
+    """A timer that is due once per period, as for saving. With a period of 0 minutes it is never due."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = minutes * 60
         self.last = time.monotonic()
 
     def due(self) -> bool:
-        """Return True once per period."""
+        """Return whether the period has passed, and if so start the next one."""
         if not self.seconds or time.monotonic() - self.last < self.seconds:
             return False
         self.last = time.monotonic()

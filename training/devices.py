@@ -22,15 +22,15 @@ from training.console import UserError, first_line
 
 
 def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None = None) -> torch.device:
-    """Choose the device to compute on and print it if it is a GPU.
+    """Return the device to compute on, and print it if it is a GPU.
 
     Args:
-        cuda: whether the user asked for the GPU.
+        cuda: use the GPU.
         strict_float32: compute matrix products in float32, not in TF32, on a GPU.
         own_gpu: index of the one GPU that this process may use; None for all of them.
 
     Raises:
-        UserError: there is no usable GPU, or there are fewer than processes.
+        UserError: there is no usable GPU, or none for this process.
     """
     if not cuda:
         return torch.device("cpu")
@@ -60,7 +60,7 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
     return torch.device("cuda", 0)
 
 
-# A training step of fewer multiplications than this is not faster with a second thread.
+# A second thread does not make a training step of fewer multiplications faster.
 MULTIPLICATIONS_WORTH_A_THREAD = 2e9
 
 
@@ -68,11 +68,11 @@ def choose_threads(requested: int, multiplications: float, device: torch.device,
     """Set the number of CPU threads that torch uses, print it and return it.
 
     Args:
-        requested: the user's number; 0 chooses one thread for a small model, which a second thread does not
-            make faster, and all available cores otherwise.
-        multiplications: roughly, of one training step.
-        device: the device of the training.
-        share: processes that share the cores.
+        requested: the number of threads; 0 chooses one thread for a small model, and as many as there are
+            available cores for a large one.
+        multiplications: approximate number in a training step.
+        device: where the model is trained; on a GPU, 0 chooses one thread.
+        share: number of processes that share the cores.
     """
     cores = available_cores()
     large = multiplications >= MULTIPLICATIONS_WORTH_A_THREAD
@@ -86,7 +86,7 @@ def choose_threads(requested: int, multiplications: float, device: torch.device,
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use: its CPU affinity, limited by the quota of its cgroup."""
+    """Return how many cores this process may use, from its CPU affinity and the quota of its cgroup."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:  # cgroup version 2: "QUOTA PERIOD" in microseconds, or "max PERIOD"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -108,7 +108,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Make the C library keep freed memory for the next allocation. Return False if it is not glibc.
+    """Make glibc keep freed memory for the next allocation. Return False with another C library.
 
     A training step on a CPU allocates and frees hundreds of megabytes in large blocks. By default glibc
     returns them to the system, which then clears every page again.
@@ -120,16 +120,16 @@ def keep_freed_memory() -> bool:
 
 
 def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> None:
-    """Raise UserError if a model cannot be trained in the device's memory, without allocating any of it.
+    """Check that a model can be trained in the device's memory, without allocating it.
 
-    Systems that overcommit memory kill the process otherwise.
+    Without this check, a system that overcommits memory would kill the process.
 
     Args:
-        build: creates the model; called once, on the meta device.
-        device: where the model is to be trained.
+        build: makes the model; called once, on the meta device.
+        device: where the model will be trained.
 
     Raises:
-        UserError: weights, gradients and Adam's two moments together exceed the device's memory.
+        UserError: weights, gradients and Adam's two moments exceed the memory.
     """
     try:
         with torch.device("meta"):
@@ -155,24 +155,25 @@ def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> No
 
 
 def wrap_data_parallel(model: nn.Module, device: torch.device, batch_size: int) -> nn.Module:
-    """Return the model, or replicas on the visible GPUs that divide the batch, at most one per example.
+    """Return the model, or with several visible GPUs its replicas, which divide the batch.
 
-    Arguments and results of the model's forward have the batch (or one row per replica) as first dimension.
+    Arguments and results of the model's forward have the batch, or one row per replica, as first dimension.
     """
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     rows = -(-batch_size // max(1, min(count, batch_size)))
-    count = -(-batch_size // rows)  # DataParallel makes equal pieces but for the last: none may be empty
+    count = -(-batch_size // rows)  # DataParallel makes pieces of this many rows; none may be empty
     return Replicas(model, device_ids=list(range(count))) if count > 1 else model
 
 
 class Replicas(nn.DataParallel):
-    """DataParallel whose replicas compute in the precision of the caller's autocast.
+    """DataParallel with the caller's autocast type in the replicas.
 
-    torch passes on to the replicas' threads that autocast is enabled but not its type, which is then float16.
+    torch passes on to the replicas' threads whether autocast is enabled, but not its type: they would use
+    float16.
     """
 
     def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Any, kwargs: Any) -> list[Any]:
-        """Call each replica with its part of the inputs, in a thread of its own."""
+        """Call each replica with its part of the inputs, in its own thread."""
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
         def call(replica: nn.Module, *given: Any, **named: Any) -> Any:
@@ -205,9 +206,10 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> bool:
-    """Restore what `random_states` returned. Return False if GPU states could not be restored.
+    """Restore what `random_states` returned.
 
-    That is the case when the number of visible GPUs has changed.
+    Returns:
+        False if the GPU states were not restored, because the number of visible GPUs has changed.
     """
     torch.set_rng_state(states["torch"].cpu())
     version, internal, gauss = states["python"]

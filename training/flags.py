@@ -279,15 +279,15 @@ def _saved_values(parser: Parser, script: str, folder: Path) -> dict[str, Any]:
     # Files written by an older version may name flags that no longer exist, or lack new ones.
     saved = {name: value for name, value in saved.items() if name in names}
     try:
-        parsed = parser.given(parser.as_typed(saved))
+        parsed = vars(parser.parse_args(parser.as_typed(saved)))
         for name, value in saved.items():
-            if value not in (None, False) and parsed.get(name) != value:
-                raise UserError(f"{parser.flag(name)} is {value!r}")
+            if parsed[name] != value:
+                raise UserError(f"{parser.flag(name)} is {value!r}.")
     except (UserError, TypeError) as error:
         raise UserError(
             f"{folder / 'args.json'} has an invalid value: {error} Restore the old value or start a new run."
         ) from None
-    return parser.defaults() | saved
+    return parsed
 
 
 def warn_of_ignored(parser: Parser, given: Mapping[str, Any], used: frozenset[str]) -> None:

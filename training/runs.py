@@ -54,13 +54,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def _encode_json(record: dict[str, Any], indent: int | None = None) -> bytes:
-    """Return JSON in UTF-8. Non-finite numbers become null, for which JSON has no other word."""
+    """Return a record as JSON in UTF-8, with null for numbers that are not finite."""
     record = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()
     }
     text = json.dumps(record, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    # File names that are not UTF-8 contain surrogates. Escaped like this they are valid JSON.
+    # File names that are not UTF-8 contain surrogates, which are valid JSON when escaped like this.
     return text.encode("utf-8", errors="backslashreplace")
 
 
@@ -68,7 +68,7 @@ def _encode_json(record: dict[str, Any], indent: int | None = None) -> bytes:
 
 
 def create_run_folder(root: str | Path, name: str | None, script: str, record: dict[str, Any]) -> Path:
-    """Create a new run folder with its args.json, at once, and return it.
+    """Create a new run folder that contains args.json from the start, and return it.
 
     Args:
         root: the folder of all runs; created if missing.
@@ -91,7 +91,7 @@ def create_run_folder(root: str | Path, name: str | None, script: str, record: d
         work = root / f".{base}-{secrets.token_hex(4)}.tmp"
         work.mkdir()
         try:
-            (work / "args.json").write_bytes(_encode_json(record, indent=2))
+            atomic_write(work / "args.json", lambda file: file.write(_encode_json(record, indent=2)))
             for attempt in range(1, 1000):
                 folder = root / (base if attempt == 1 else f"{base}-{attempt}")
                 try:
@@ -99,7 +99,7 @@ def create_run_folder(root: str | Path, name: str | None, script: str, record: d
                         work.rename(folder)
                         return folder
                 except OSError:
-                    if not folder.exists():  # else another run has taken the name meanwhile
+                    if not folder.exists():  # otherwise another run has just taken the name
                         raise
                 if name is not None:
                     resumable = (folder / "args.json").is_file()
@@ -117,7 +117,7 @@ def create_run_folder(root: str | Path, name: str | None, script: str, record: d
 
 
 def discard_run_folder(folder: Path) -> None:
-    """Remove the folder of a run that failed before its first checkpoint, unless other files are in it."""
+    """Remove a run's files, and its folder if nothing else is in it."""
     with contextlib.suppress(OSError):
         for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):
             (folder / name).unlink(missing_ok=True)
@@ -126,16 +126,14 @@ def discard_run_folder(folder: Path) -> None:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove temporary files that a killed process has left."""
+    """Remove the temporary files of a killed process."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a run folder, where the system has locks.
-
-    The system releases the lock when the process ends, however it ends.
+    """Lock a run folder, so that no second process trains in it. The end of the process releases the lock.
 
     Raises:
         UserError: another process trains in the folder.
@@ -159,7 +157,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def newest_run(root: str | Path, scripts: Sequence[str]) -> Path | None:
-    """Return the run folder of one of these scripts whose best.pt was written last, or None."""
+    """Return the run of one of these scripts with the newest best.pt, or None."""
     folders = [path.parent for path in Path(root).glob("*/best.pt") if _script_of(path.parent) in scripts]
     return max(folders, key=lambda folder: (folder / "best.pt").stat().st_mtime, default=None)
 
@@ -177,7 +175,7 @@ def _script_of(folder: Path) -> str | None:
 def record_of(
     script: str, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any
 ) -> dict[str, Any]:
-    """Return the contents of args.json for a new run; `facts` are further entries."""
+    """Return the contents of a new run's args.json; `facts` are further entries."""
     return {
         "script": script,
         "arguments": vars(args),
@@ -189,7 +187,7 @@ def record_of(
 
 
 def note_resume(folder: Path, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any) -> None:
-    """Update args.json when a run is resumed: present arguments; time, command line and environment."""
+    """Set the arguments in args.json to the present ones, and add an entry about this resumption."""
     remove_half_written(folder)
     record = read_json(folder / "args.json")
     record["arguments"] = {**vars(args), "resume": None}
@@ -208,7 +206,7 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
     """Return the arguments in a run folder's args.json.
 
     Raises:
-        UserError: it is not a run folder of this script, or its args.json cannot be read.
+        UserError: the folder is not a run of this script, or its args.json cannot be read.
     """
     if not folder.is_dir():
         raise UserError(
@@ -273,7 +271,7 @@ class RunLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # A killed run may have left half a line. End it, so that it spoils only itself.
+        # End the half line that a killed run may have left, before the next event.
         with open(self.path, "ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -281,21 +279,22 @@ class RunLog:
                     file.write(b"\n")
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event. A failed write triggers a warning and does not stop the run."""
+        """Append an event. If this fails, warn and continue."""
         line = _encode_json({"event": event, **fields})
         try:
-            with open(self.path, "ab") as file:  # opened each time, in case the log was moved
+            with open(self.path, "ab") as file:  # each time: a network disk may come back
                 file.write(line)
         except OSError as error:
             warn(f"could not write to {self.path}: {error.strerror}; training continues")
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Return the events of a log, in order, each once.
+    """Return the events of a log in order, without those that a resumed run repeated.
 
-    Half-written lines are skipped. An event {"event": "resume", "step": s} cancels what was logged after step
-    s, because the run repeated those steps. Of two events of one kind at one step, the later one counts, in
-    the place of the earlier one: a run killed between logging and saving logs that step again.
+    An event {"event": "resume", "step": s} cancels all earlier events after step s. A run that was killed
+    between logging and saving logs that step again: of two events of one kind at one step, the later one
+    counts, in the place of the earlier one. Lines that are not events, such as half-written ones, are
+    skipped.
     """
     events: dict[tuple[Any, Any], dict[str, Any]] = {}  # by kind and step
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -308,7 +307,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
                 continue
             kind, step = event.get("event"), event.get("step", 0)
             if not isinstance(step, (int, float)) or not isinstance(kind, (str, type(None))):
-                continue  # not written by a run
+                continue  # not an event
             if kind == "resume":
                 events = {key: earlier for key, earlier in events.items() if key[1] <= step}
             events[kind, step] = event

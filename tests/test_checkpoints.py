@@ -1,0 +1,399 @@
+"""Checkpoints: plain data, never half written; damaged, foreign and crafted files are refused.
+
+FUZZ_EXAMPLES=20000 lets hypothesis try so many inputs.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import random
+import zipfile
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_utils import Vocabulary
+from relational_rnn_models import RelationalMemoryLM
+from rnn_models import RNNLM
+from training import checkpoints, devices
+from training.checkpoints import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
+from training.console import UserError
+from training.language_modelling import describe_model, load_model
+
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+VOCABULARY = Vocabulary(["a", "b", "c", "<eos>", "ü"])
+
+
+def sample_contents():
+    return {"weights": torch.arange(7, dtype=torch.float32), "step": 3, "words": ["a", "ü"], "loss": math.inf}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The path, bytes and contents of a checkpoint of an LSTM."""
+    path = tmp_path_factory.mktemp("good") / "best.pt"
+    save_checkpoint(path, describe_model("rnn", RNNLM(5, embedding_size=3, hidden_size=2), VOCABULARY))
+    return path, path.read_bytes(), load_checkpoint(path)
+
+
+def read(path):
+    """Return the model in a file, or None if it is refused with one line."""
+    try:
+        return load_model(load_checkpoint(path))[0]
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 900
+        return None
+
+
+def assert_unchanged(model, contents):
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, contents["model"][name])
+
+
+# ---- writing
+
+
+def test_round_trip_is_plain_data(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {**sample_contents(), "random": devices.random_states(), "folder": "caf\udce9"})
+    again = load_checkpoint(path)
+    assert torch.equal(again["weights"], sample_contents()["weights"])
+    assert (again["step"], again["words"], again["loss"]) == (3, ["a", "ü"], math.inf)
+    assert again["folder"] == "caf\udce9"
+    assert torch.load(path, weights_only=True)["format"] == CHECKPOINT_FORMAT
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+)
+def test_failed_write_warns_and_keeps_the_earlier_file(tmp_path, monkeypatch, capsys, failure):
+    path = tmp_path / "last.pt"
+    assert checkpoints.try_save_checkpoint(path, {"step": 1})
+
+    def fail(contents, file):
+        file.write(b"half")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", fail)
+    assert not checkpoints.try_save_checkpoint(path, {"step": 2})
+    assert "the previous file is kept, training continues" in capsys.readouterr().err
+    assert load_checkpoint(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+    assert not checkpoints.try_save_checkpoint(tmp_path / "gone" / "last.pt", {"step": 2})
+    assert "there is no previous file, training continues" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        checkpoints.try_save_checkpoint(path, {"step": 2})
+
+
+# ---- damaged files
+
+
+def test_damage_is_refused_or_changes_nothing(good, tmp_path):
+    path, whole, contents = good
+    damaged, refused, draw = tmp_path / "damaged.pt", 0, random.Random(3)
+    with zipfile.ZipFile(path) as archive:  # every part of the archive: names, headers and data; directory
+        entries = [entry.header_offset for entry in archive.infolist()]
+        places = [start + offset for start in entries for offset in (0, 14, 18, 33, 90)]
+        places += [*range(archive.start_dir, len(whole), 41), *draw.sample(range(len(whole)), 10)]
+    for place in places:
+        damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        model = read(damaged)
+        refused += model is None
+        if model is not None:
+            assert_unchanged(model, contents)
+    assert refused > 20
+    for length in (0, 1, 50, len(whole) // 2, len(whole) - 1):
+        damaged.write_bytes(whole[:length])
+        assert read(damaged) is None
+
+
+def test_flipped_bit_in_a_weight_is_found(tmp_path):
+    """torch.load alone would return the wrong number."""
+    path, weights = tmp_path / "c.pt", torch.full((50,), 1.5)
+    save_checkpoint(path, {"weights": weights})
+    data = bytearray(path.read_bytes())
+    data[data.index(weights.numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(data)
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], weights)
+    with pytest.raises(UserError, match="checksum"):
+        load_checkpoint(path)
+
+
+def test_entry_marked_as_a_folder_is_refused(good, tmp_path):
+    """torch.load would return a tensor of uninitialised memory."""
+    path, data = tmp_path / "best.pt", bytearray(good[1])
+    place = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/1")) + 38
+    data[place] ^= 0x10
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    with pytest.raises(UserError, match="folders among the entries"):
+        load_checkpoint(path)
+
+
+# ---- foreign and crafted files
+
+
+class Trap:
+    """Unpickles to a call that makes a folder."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("writer", ["torch", "legacy torch", "pickle"])
+def test_reading_runs_no_code(tmp_path, writer):
+    path, mark = tmp_path / "evil.pt", tmp_path / "mark"
+    contents = {"format": 1, "model": Trap(mark)}
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(contents))
+    else:
+        torch.save(contents, path, _use_new_zipfile_serialization=writer == "torch")
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        load_checkpoint(path)
+    assert not mark.exists()
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "c.pt"
+    for contents in (
+        b"",
+        b"hello",
+        b"\x80\x04.",
+        b"PK\x03\x04" + bytes(100),
+        random.Random(1).randbytes(5000),
+    ):
+        path.write_bytes(contents)
+        with pytest.raises(UserError, match="not a checkpoint"):
+            load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(path)
+    with pytest.raises(UserError, match="it is a folder"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="it is missing"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+def test_other_versions_are_read_and_other_formats_refused(good, tmp_path):
+    path, contents = tmp_path / "other.pt", good[2]
+    torch.save({**contents, "project": "0.1"}, path)
+    assert_unchanged(read(path), contents)
+    for other in (2, None, True, torch.ones(2)):
+        torch.save({**contents, "format": other, "project": "7.0"}, path)
+        with pytest.raises(UserError, match="has checkpoint format .* version '7.0'.*Use the version"):
+            load_checkpoint(path)
+
+
+def test_tensors_and_archives_larger_than_their_file_are_refused(tmp_path):
+    path, packed = tmp_path / "c.pt", tmp_path / "packed.pt"
+    torch.save({"format": 1, "model": [{"x": torch.zeros(1).expand(2**40)}]}, path)
+    with pytest.raises(UserError, match="less data than its shape claims"):
+        load_checkpoint(path)
+    save_checkpoint(path, {"model": torch.zeros(2**20)})
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry))
+    assert packed.stat().st_size < path.stat().st_size / 100
+    with pytest.raises(UserError, match="compressed"):
+        load_checkpoint(packed)
+
+
+def crafted(body):
+    """Return a file like torch.save's that contains this pickle."""
+    plain, made = io.BytesIO(), io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(made, "w") as new:
+        for entry in old.namelist():
+            new.writestr(entry, body if entry.endswith("data.pkl") else old.read(entry))
+    return made.getvalue()
+
+
+def containing_itself():
+    contents = {"format": CHECKPOINT_FORMAT, "model": []}
+    contents["model"].append(contents)
+    return pickle.dumps(contents, protocol=2)
+
+
+def shared_at_every_level():
+    """2^60 references in a few hundred bytes."""
+    value = [0]
+    for _ in range(60):
+        value = [value, value]
+    return pickle.dumps({"format": CHECKPOINT_FORMAT, "model": value}, protocol=2)
+
+
+def nested(depth):
+    return b"\x80\x02}(X\x06\0\0\0formatK\x01X\x05\0\0\0model" + b"]" * depth + b"a" * (depth - 1) + b"u."
+
+
+HUGE = (2**60).to_bytes(8, "little")
+BOMBS = {
+    "contains itself": containing_itself(),
+    "shared at every level": shared_at_every_level(),
+    "nested": nested(100_000),
+    "bytearray of 2^60": b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + HUGE + b"\x85R.",
+    "empty pickle": b"",
+    "empty stack": b"\x80\x02.",
+    "os.system": b"\x80\x02cos\nsystem\nX\x05\0\0\0false\x85R.",
+    "a module": b"\x80\x02ctorch.nn.modules.linear\nLinear\n)\x81}b.",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_crafted_files_are_refused_in_one_line(bomb, tmp_path):
+    path = tmp_path / "evil.pt"
+    path.write_bytes(crafted(BOMBS[bomb]))
+    assert read(path) is None
+    path.write_bytes(crafted(pickle.dumps({"format": CHECKPOINT_FORMAT}, protocol=2)))  # made the same way
+    assert load_checkpoint(path) == {"format": CHECKPOINT_FORMAT}
+
+
+PLAIN = b"(.0123456789:;=@}]){aebdhjlopqrstuN\x80\x81\x85\x86\x87\x88\x89\x8c\x8f\x90\x91\x93\x94\x97\x98"
+OPCODES = st.sampled_from(
+    [bytes([code]) for code in PLAIN]
+    + [b"K\x01", b"J\xff\xff\xff\x7f", b"\x8a\x01\x05", b"X\x01\0\0\0a", b"\x8c\x01a", b"h\0", b"q\0"]
+    + [b"\x96\x05" + bytes(7) + b"abcde", b"cbuiltins\neval\n", b"cos\nsystem\n", b"\x8b\xff\xff\xff\x7f"]
+    + [b"\x96" + HUGE, b"\x8e" + HUGE]
+)
+
+
+@fuzz
+@given(st.lists(OPCODES, max_size=25))
+def test_any_pickle_program_is_refused(tmp_path_factory, program):
+    path = tmp_path_factory.getbasetemp() / "program.pt"
+    path.write_bytes(crafted(b"\x80\x02" + b"".join(program) + b"."))
+    assert read(path) is None
+
+
+# ---- contents
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["config"].update(num_blocks=10**9),
+        lambda c: c["config"].update(head_size=10**15),
+        lambda c: c["config"].update(mem_slots=-1),
+        lambda c: c["config"].update(vocab_size=10**12),
+        lambda c: c["config"].update(a_later_option=1),
+        lambda c: c.update(config=[1]),
+        lambda c: c.pop("config"),
+        lambda c: c.update(model={}),
+        lambda c: c.update(model={name: 1 for name in c["model"]}),
+        lambda c: c.update(words=c["words"][:-1]),
+        lambda c: c.update(words=[*c["words"][:-1], c["words"][0]]),
+        lambda c: c.update(words=[*c["words"][:-1], 7]),
+        lambda c: c["model"].update(strange=torch.zeros(2)),
+        lambda c: c["model"].update({next(iter(c["model"])): torch.zeros(2)}),
+        lambda c: c["model"].update({n: torch.full_like(t, math.nan) for n, t in c["model"].items()}),
+        lambda c: c["model"].update({n: t.to(torch.complex64) for n, t in c["model"].items()}),
+        lambda c: c.update(kind=["rmc"]),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change, tmp_path):
+    model = RelationalMemoryLM(5, embedding_size=3, mem_slots=2, head_size=2, num_heads=2, key_size=3)
+    contents = describe_model("rmc", model, VOCABULARY)
+    contents = {**contents, "config": dict(contents["config"]), "words": list(contents["words"])}
+    save_checkpoint(tmp_path / "c.pt", contents)
+    assert read(tmp_path / "c.pt") is not None
+    change(contents)
+    save_checkpoint(tmp_path / "c.pt", contents)
+    assert read(tmp_path / "c.pt") is None
+
+
+TENSORS = st.builds(
+    lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from([torch.float32, torch.int64, torch.bool, torch.complex64, torch.bfloat16]),
+)
+VALUES = TENSORS | st.sampled_from(
+    [10**9, 10**15, 2**70, -1, math.nan, None, True, "x", (), [1], {"a": 2}, b"x", torch.ones(1).expand(9)]
+)
+
+
+@fuzz
+@given(data=st.data())
+def test_any_contents_are_refused_or_a_model(data, good, tmp_path):
+    contents = {key: dict(value) if isinstance(value, dict) else value for key, value in good[2].items()}
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = contents
+        if data.draw(st.booleans()):
+            inner = contents[data.draw(st.sampled_from(["config", "model"]))]
+            place = inner if isinstance(inner, dict) and inner else contents
+        place[data.draw(st.sampled_from(sorted(place)) | st.text(max_size=4))] = data.draw(VALUES)
+    torch.save(contents, tmp_path / "c.pt")
+    read(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_optimiser_state_must_fit_its_parameters(kind):
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(5))]
+    optimizer = kind(parameters, fused=True)
+    sum(parameter.sum() for parameter in parameters).backward()
+    optimizer.step()
+    checkpoints.check_optimizer(optimizer)
+    for value in (torch.zeros(3), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)):
+        for name in ("exp_avg", "exp_avg_sq"):
+            whole, optimizer.state[parameters[0]][name] = optimizer.state[parameters[0]][name], value
+            with pytest.raises(ValueError, match=f"optimiser's {name} is .* for a parameter of .2, 3. torch"):
+                checkpoints.check_optimizer(optimizer)
+            optimizer.state[parameters[0]][name] = whole
+    optimizer.state[parameters[1]]["step"] = torch.ones(2)
+    with pytest.raises(ValueError, match="step"):
+        checkpoints.check_optimizer(optimizer)
+
+
+@dataclass
+class Place:
+    step: int = 3
+    seconds: float = 0.5
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -5}, {"step": "x"}, {"step": 1.5}, {"step": True}, {"seconds": "1"}, {"name": 1}],
+)
+def test_fields_of_another_type_are_refused(change):
+    saved, place = {"step": 7, "seconds": 2, "name": "a", "other": 1}, Place()
+    checkpoints.restore_fields(place, saved)
+    assert place == Place(7, 2, "a")
+    with pytest.raises(ValueError, match=f"{next(iter(change))} is "):
+        checkpoints.restore_fields(place, {**saved, **change})
+    with pytest.raises(KeyError):
+        checkpoints.restore_fields(place, {"step": 1})
+
+
+@pytest.mark.parametrize(
+    "events, refused",
+    [
+        ([], False),
+        ([{"event": "train", "epoch": 1, "step": 100}, {"event": "valid", "epoch": 1, "step": 120}], False),
+        ([{"event": "train", "epoch": 2, "step": 200}], True),
+        ([{"event": "test", "epoch": 1, "step": 120}], True),
+        ([{"event": "final", "step": 900}], True),
+        ([{"event": "train", "epoch": "two", "step": 200}], False),
+    ],
+)
+def test_run_whose_last_pt_was_deleted_is_not_started_again(tmp_path, events, refused):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if refused:
+        with pytest.raises(UserError, match="has no last.pt, although.*Start a new run without --resume"):
+            checkpoints.load_last(tmp_path)
+    else:
+        assert checkpoints.load_last(tmp_path) is None
+    save_checkpoint(tmp_path / "last.pt", {"step": 3})
+    assert checkpoints.load_last(tmp_path)["step"] == 3

@@ -1,0 +1,245 @@
+"""Messages, exit status, lost output, progress bars, signals, timers."""
+
+import contextlib
+import fcntl
+import io
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import console
+from training.console import UserError
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch):
+    """Undo what run_script does to the standard streams."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(console.warnings, "formatwarning", console.warnings.formatwarning)
+
+
+# ---- how a script ends
+
+
+def exit_of(capsys, failure, lower="the width"):
+    """Return exit status and standard error of a script that returns, or raises, `failure`."""
+
+    def main():
+        if isinstance(failure, BaseException):
+            raise failure
+        return failure
+
+    with pytest.raises(SystemExit) as exit:
+        console.run_script(main, lower)
+    return exit.value.code, capsys.readouterr().err
+
+
+def test_expected_failures_print_one_message(capsys):
+    assert exit_of(capsys, None) == (0, "")
+    assert exit_of(capsys, 3) == (3, "")
+    assert exit_of(capsys, UserError("bad width")) == (2, "error: bad width\n")
+    assert exit_of(capsys, KeyboardInterrupt()) == (130, "error: interrupted\n")
+    assert exit_of(capsys, OSError(28, "No space left", "x.pt")) == (2, "error: x.pt: No space left\n")
+
+
+def allocate_too_much():
+    try:
+        torch.empty(2**60)
+    except RuntimeError as error:
+        return error
+
+
+def failed_capture():
+    """Return an error that hides the lack of memory, as a failed CUDA graph capture does."""
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        allocate_too_much(),
+        failed_capture(),
+    ],
+)
+def test_memory_that_runs_out_names_what_to_lower(capsys, failure):
+    code, text = exit_of(capsys, failure)
+    assert code == 2 and text.startswith("error: out of memory: ") and text.endswith("\nLower the width.\n")
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("shapes differ"), ValueError("x"), OSError("no file named")])
+def test_bugs_keep_their_traceback(bug):
+    with pytest.raises(type(bug)):
+        console.run_script(lambda: (_ for _ in ()).throw(bug))
+
+
+# ---- output
+
+
+def test_characters_outside_the_encoding_are_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", console.LastingStream(io.TextIOWrapper(raw, encoding="ascii")))
+    console.say("läuft ± caf\udce9")
+    assert raw.getvalue() == b"l\\xe4uft \\xb1 caf\\udce9\n"
+
+
+def test_output_is_discarded_after_its_reader_is_gone(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    stream = console.LastingStream(open(writer, "w", buffering=1))  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", stream)
+    print("one")
+    assert os.read(reader, 9) == b"one\n"
+    os.close(reader)
+    for _ in range(3):
+        console.say("two")
+    stream.stream.close()  # flushes what is still buffered
+    lost = "warning: standard output is lost (Broken pipe); the script continues without it\n"
+    assert capsys.readouterr().err == lost
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from training import console
+def main():
+    for number in range(3):
+        console.say("a line")
+        console.warn("a warning")
+    return 5
+console.run_script(main)
+"""
+
+
+@pytest.mark.parametrize("streams", ["> /dev/full", ">&-"])
+def test_exit_status_of_a_script_without_output(streams):
+    """The interpreter flushes the streams once more at exit, which must not fail."""
+    code = SCRIPT.format(root=str(Path(console.__file__).parent.parent))
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {streams}', sys.executable, code], stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr and done.stderr.count("a warning") == 3
+
+
+def test_commands_are_quoted_and_run_from_the_present_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = console.command("train_rmc", "--resume", Path("runs of mine/$x"))
+    answer = subprocess.run(f'for word in {text}; do echo "$word"; done', shell=True, capture_output=True)
+    start, script, *arguments = answer.stdout.decode().splitlines()
+    assert start == "python" and arguments == ["--resume", "runs of mine/$x"]
+    assert Path(script).resolve() == Path(console.__file__).resolve().parent.parent / "train_rmc.py"
+
+
+# ---- progress
+
+
+def test_progress_prints_lines_without_a_terminal(capsys):
+    with console.Progress(120, "epoch 1", done=7) as progress:
+        progress.advance(3)
+        progress.report("loss 1.5")
+        progress.advance()
+        progress.report("loss 1.4", "loss 1.4 | 3 ms")
+    with console.Progress(9, "valid", quiet=True) as progress:
+        progress.report("nothing")
+    lines = "epoch 1  10/120  loss 1.5\nepoch 1  11/120  loss 1.4 | 3 ms\n"
+    assert capsys.readouterr() == (lines, "")
+
+
+def test_bar_keeps_ten_cells_on_eighty_columns(monkeypatch):
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    monkeypatch.setattr(sys, "stderr", console.LastingStream(open(slave, "w")))  # noqa: SIM115
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    report = "loss 4.7148, ppl 1111.59, 101,222 tokens/s"
+    with console.Progress(2000, "epoch 7", done=500) as progress:
+        now[0] += 1000
+        progress.advance(500)
+        progress.report(report)
+    sys.stderr.stream.flush()
+    os.set_blocking(master, False)
+    shown = b""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            shown += os.read(master, 10_000)
+    frames = [frame for frame in re.split(r"[\r\n]+", shown.decode()) if report in frame]
+    assert len(frames) >= 1
+    for frame in frames:
+        assert len(frame) <= 80
+        bar, left = re.fullmatch(r"epoch 7  50%\|(.*)\| (\S+) left, " + report, frame).groups()
+        assert len(bar) >= 10 and left == "33:20"
+        assert bar[len(bar) // 2 - 1] != " " == bar[-1]
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_stop_signals_are_noted_for_the_next_step(name):
+    number = signal.Signals[name]
+
+    def before(*args):  # the default would end the tests
+        pytest.fail(f"{name} was not caught")
+
+    original = signal.signal(number, before)
+    with console.Interrupts() as interrupts:
+        assert interrupts.requested is None and interrupts.exit_status == 0
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert interrupts.requested == name and interrupts.exit_status == 128 + number
+    assert signal.signal(number, original) is before
+
+
+def test_second_ctrl_c_stops_at_once(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), console.Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.requested == "SIGINT" and interrupts.exit_status == 130
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopping after this step" in capfd.readouterr().err
+
+
+def test_ignored_sighup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with console.Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupts.requested is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ---- time
+
+
+def test_alarm_is_due_once_per_period_even_after_sleep(monkeypatch):
+    """After a laptop has slept from minute 25 to 505, one save is due; the wall clock plays no part."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "time", lambda: -1e9)
+    alarm, never, saved = console.Alarm(10), console.Alarm(0), []
+    for minute in [*range(25), *range(505, 530)]:
+        now[0] = 60.0 * minute
+        if alarm.due():
+            saved.append(minute)
+        assert not never.due()
+    assert saved == [10, 20, 505, 515, 525]

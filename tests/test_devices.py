@@ -1,0 +1,208 @@
+"""Devices, threads, memory, replicas and random numbers."""
+
+import io
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from training import devices
+from training.console import UserError
+
+CPU = torch.device("cpu")
+SMALL, LARGE = 0.99 * devices.MULTIPLICATIONS_WORTH_A_THREAD, 1.01 * devices.MULTIPLICATIONS_WORTH_A_THREAD
+
+
+# ---- devices
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--cuda was given but .*Omit --cuda"):
+        devices.choose_device(True)
+    assert devices.choose_device(False) == CPU
+
+
+def test_process_without_its_own_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="started 3 processes .* finds 1 GPU, .* Use --nproc-per-node=1."):
+        devices.choose_device(True, own_gpu=1)
+
+
+# ---- threads
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Return a function that sets the cores of the affinity mask and the files of the cgroup."""
+    read_text = Path.read_text
+
+    def change(cores, **files):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+        monkeypatch.setattr(Path, "read_text", lambda self: read_text(tmp_path / self.name.replace(".", "_")))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "affinity, files, cores",
+    [
+        (6, {}, 6),
+        (6, {"cpu_max": "max 100000\n"}, 6),
+        (6, {"cpu_max": "350000 100000\n"}, 3),
+        (2, {"cpu_max": "350000 100000\n"}, 2),
+        (6, {"cpu_max": "50000 100000\n"}, 1),
+        (6, {"cpu_max": "unexpected\n"}, 6),
+        (6, {"cpu_cfs_quota_us": "-1\n", "cpu_cfs_period_us": "100000\n"}, 6),
+        (6, {"cpu_cfs_quota_us": "200000\n", "cpu_cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_available_cores_respect_affinity_and_cgroup(machine, affinity, files, cores):
+    machine(affinity, **files)
+    assert devices.available_cores() == cores
+
+
+@pytest.mark.parametrize(
+    "requested, work, device, share, threads, printed",
+    [
+        (0, SMALL, "cpu", 1, 1, "device: CPU, 1 thread, chosen for a small model on 5 cores\n"),
+        (0, LARGE, "cpu", 1, 5, "device: CPU, 5 threads, chosen for a large model on 5 cores\n"),
+        (0, LARGE, "cpu", 2, 2, "device: CPU, 2 threads, chosen for a large model on 5 cores\n"),
+        (0, LARGE, "cpu", 9, 1, "device: CPU, 1 thread, chosen for a large model on 5 cores\n"),
+        (7, SMALL, "cpu", 2, 7, "device: CPU, 7 threads\n"),
+        (0, LARGE, "cuda", 1, 1, ""),
+        (3, LARGE, "cuda", 1, 3, ""),
+    ],
+)
+def test_threads_depend_on_model_and_machine(
+    machine, monkeypatch, capsys, requested, work, device, share, threads, printed
+):
+    machine(5)
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.choose_threads(requested, work, torch.device(device), share) == threads
+    assert used == [threads] and capsys.readouterr().out == printed
+
+
+def test_unused_gpu_is_mentioned(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices.choose_threads(1, SMALL, CPU)
+    assert capsys.readouterr().out == "device: CPU, 1 thread (--cuda uses the GPU)\n"
+
+
+# ---- memory
+
+
+FAULTS = """
+import resource, torch
+from training import devices
+
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.ones(48 << 20, dtype=torch.uint8)  # more than glibc keeps by default
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(1)
+returned = faults(10)
+if devices.keep_freed_memory():
+    faults(20)  # glibc needs some aligned pieces before it finds a freed one that fits
+    print(returned, faults(10))
+"""
+
+
+def test_freed_memory_is_kept_for_the_next_allocation():
+    # In another process: what other tests have left in the heap decides where pieces fit.
+    home = Path(devices.__file__).parent.parent
+    command = [sys.executable, "-c", FAULTS]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)
+    if not answer.stdout:
+        pytest.skip("requires glibc")
+    returned, kept = map(int, answer.stdout.split())
+    assert kept < returned / 5
+
+
+def test_model_larger_than_the_memory_is_refused_before_it_is_built():
+    devices.check_model_fits(lambda: nn.Linear(30, 20), CPU)
+    with pytest.raises(UserError, match="needs 1,600.0 GB for weights, gradients and optimiser"):
+        devices.check_model_fits(lambda: nn.Linear(10**6, 10**5, bias=False), CPU)
+    with pytest.raises(UserError, match="cannot be built"):
+        devices.check_model_fits(lambda: nn.Linear(2**40, 2**40), CPU)
+
+
+# ---- several GPUs in one process
+
+
+def test_no_replica_is_without_examples(monkeypatch):
+    monkeypatch.setattr(devices, "Replicas", lambda model, device_ids: len(device_ids))
+    for gpus in range(1, 9):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)  # noqa: B023
+        for rows in range(1, 30):
+            count = devices.wrap_data_parallel(None, torch.device("cuda"), rows) or 1
+            # DataParallel cuts a batch as `chunk` does, into as many pieces or fewer.
+            assert len(torch.arange(rows).chunk(count)) == count == len(torch.arange(rows).chunk(gpus))
+    assert devices.wrap_data_parallel(None, CPU, 20) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_replicas_compute_in_the_precision_of_the_caller(monkeypatch, dtype):
+    """Without GPUs, this calls each replica in a new thread, as torch does."""
+    seen = []
+
+    def in_threads(self, replicas, inputs, kwargs):
+        for replica, given, named in zip(replicas, inputs, kwargs, strict=True):
+            thread = threading.Thread(target=replica, args=given, kwargs=named)
+            thread.start()
+            thread.join()
+
+    def replica(number, penalty):
+        seen.append((number, penalty, torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")))
+
+    monkeypatch.setattr(nn.DataParallel, "parallel_apply", in_threads)
+    replicas = devices.Replicas.__new__(devices.Replicas)
+    with torch.autocast("cuda", dtype):
+        enabled = torch.is_autocast_enabled("cuda")  # only where there is a GPU
+        replicas.parallel_apply([replica, replica], [(1,), (2,)], [{"penalty": 3}, {"penalty": 4}])
+    assert seen == [(1, 3, dtype, enabled), (2, 4, dtype, enabled)]
+
+
+# ---- random numbers
+
+
+def test_random_states_restore_every_generator():
+    devices.seed_everything(5)
+    np.random.standard_normal()  # leaves a cached second value, which is part of the state
+    states = devices.random_states()
+
+    def draws():
+        numpy, python = np.random.standard_normal(3).tolist(), [random.gauss(0, 1) for _ in range(3)]
+        return torch.rand(3).tolist(), numpy, python
+
+    expected = draws()
+    devices.seed_everything(6)
+    assert all(one != other for one, other in zip(draws(), expected, strict=True))
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    buffer.seek(0)
+    assert devices.restore_random_states(torch.load(buffer, weights_only=True))
+    assert draws() == expected
+
+
+def test_other_number_of_gpus_is_reported(monkeypatch):
+    states = {**devices.random_states(), "cuda": []}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert not devices.restore_random_states(states)
