@@ -1,8 +1,11 @@
-"""train_rmc.py and train_rnn.py from the command line: flags, runs, interrupts, exact resume, bad input."""
+"""train_rmc.py and train_rnn.py from the command line: runs, exact resume, --evaluate, flags, recipes."""
 
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,46 +17,40 @@ from conftest import write_corpus
 
 import train_rmc
 import train_rnn
-from training import checkpoints, console, lm_flags, lm_training, runs
+from layers import regularisation
+from training import checkpoints, flags, language_modelling, runs
 from training.console import UserError
+from training.distributed import ALONE
+from training.language_flags import choose_softmax
+from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
-    train_rmc: ["--emsize", "12", "--headsize", "5", "--numheads", "2", "--keysize", "3", "--memslots", "2"],
-    train_rnn: ["--emsize", "12", "--nhid", "14", "--nlayers", "2"],
+    train_rmc: "--emsize 12 --headsize 5 --numheads 2 --keysize 3 --memslots 2",
+    train_rnn: "--emsize 12 --nhid 14 --nlayers 2",
 }
-SCRIPTS = pytest.mark.parametrize("script", SIZES, ids=lambda script: script.SCRIPT)
+SCRIPTS = pytest.mark.parametrize("script", SIZES, ids=lambda script: script.__name__)
 # 2379 targets in 14 columns of 170 or fewer: 12 windows of 15 in an epoch, the last of 5.
-LOOP = ["--batch_size", "14", "--bptt", "15", "--lr", "0.01", "--log-interval", "5", "--eval-batch-size", "3"]
+LOOP = "--batch-size 14 --bptt 15 --lr 0.01 --log-interval 5 --eval-batch-size 3"
+SMALL = {script: f"{sizes} {LOOP}".split() for script, sizes in SIZES.items()}
 STEPS = 12
 
 
 def run(script, corpus, runs_folder, *argv):
-    """Trains; returns the exit status and the newest run folder."""
-    status = script.main(
-        [*SIZES[script], *LOOP, "--data", str(corpus), "--runs-folder", str(runs_folder), *argv]
-    )
+    """Train; return the exit status and the newest run folder."""
+    where = ["--data", str(corpus), "--runs-folder", str(runs_folder)]
+    status = script.main([*SMALL[script], *where, *argv])
     return status, max(runs_folder.iterdir(), key=lambda folder: folder.stat().st_ctime)
 
 
 def numbers(folder):
-    """The log without times, and without the traces of interrupting."""
-    kept = (
-        "event",
-        "epoch",
-        "step",
-        "lr",
-        "loss",
-        "ppl",
-        "grad_norm",
-        "train_loss",
-        "best_epoch",
-        "valid_loss",
-    )
-    events = [
-        event for event in runs.read_log(folder / "log.jsonl") if event["event"] in ("train", "valid", "test")
+    """Return the log without times, and without the traces of interruptions."""
+    times = ("seconds", "ms_per_batch", "forward_ms_per_batch", "tokens_per_second")
+    return [
+        {key: value for key, value in event.items() if key not in times}
+        for event in runs.read_log(folder / "log.jsonl")
+        if event["event"] in ("train", "valid", "test")
     ]
-    return [{key: event[key] for key in kept if key in event} for event in events]
 
 
 def flatten(value, name=""):
@@ -68,6 +65,7 @@ def flatten(value, name=""):
 
 
 def assert_same_checkpoint(one, other, ignoring=("seconds", ".args.")):
+    """Compare two files bit for bit, except for times and arguments."""
     a, b = (dict(flatten(checkpoints.load_checkpoint(path))) for path in (one, other))
     assert a.keys() == b.keys()
     for name in a:
@@ -76,23 +74,26 @@ def assert_same_checkpoint(one, other, ignoring=("seconds", ".args.")):
             assert same, name
 
 
-def interrupt_at(monkeypatch, step, number=signal.SIGINT, during="step"):
-    """Sends this process a signal when a trainer has done `step` steps, or before it validates then."""
-    original = getattr(lm_training.Trainer, during)
+def assert_same_run(one, other):
+    for name in ("last.pt", "best.pt"):
+        assert_same_checkpoint(one / name, other / name)
+    assert numbers(one) == numbers(other)
+
+
+def interrupt_at(monkeypatch, step, number=signal.SIGINT, during=(Trainer, "step")):
+    """Send this process a signal when a trainer has taken `step` steps, or in another method at that step."""
+    owner, name = during
+    original = getattr(owner, name)
 
     def interrupted(self, *arguments):
-        result = original(self, *arguments) if during == "step" else None
-        if self.at.step == step:
-            monkeypatch.setattr(lm_training.Trainer, during, original)  # once
+        trainer = self if owner is Trainer else arguments[0]
+        result = original(self, *arguments) if name == "step" else None
+        if trainer.at.step == step:
+            monkeypatch.setattr(owner, name, original)  # once
             os.kill(os.getpid(), number)
-        return result if during == "step" else original(self, *arguments)
+        return result if name == "step" else original(self, *arguments)
 
-    monkeypatch.setattr(lm_training.Trainer, during, interrupted)
-
-
-def flags_as_name(value):
-    """A name for a parametrised case: its command line."""
-    return " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else ""
+    monkeypatch.setattr(owner, name, interrupted)
 
 
 # ---- whole runs
@@ -101,65 +102,47 @@ def flags_as_name(value):
 @SCRIPTS
 def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, capsys):
     (corpus_folder / "entropy.json").write_text('{"test": {"perplexity": 2.345}}')
-    status, folder = run(
-        script,
-        corpus_folder,
-        tmp_path / "runs",
-        "--epochs",
-        "3",
-        "--name",
-        "first",
-        "--dropout",
-        "0",
-        "--lr",
-        "0.03",
-    )
+    argv = ["--epochs", "3", "--name", "first", "--dropout", "0", "--lr", "0.03"]
+    status, folder = run(script, corpus_folder, tmp_path / "runs", *argv)
     assert status == 0 and folder.name == "first"
     assert sorted(os.listdir(folder)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
     output, warned = capsys.readouterr()
-    assert warned.count("warning: ") == 1 and "an epoch has no more than 12 steps" in warned
-    for text in (
-        "device: CPU",
-        "2,380 / 602 / 574",
-        "parameters",
-        str(folder),
-        "tokens/s",
-        "best possible: 2.35",
-    ):
-        assert text in output
+    assert warned.count("warning: ") == 1 and "an epoch has only 12 steps" in warned
+    shown = ("device: CPU", "2,380 / 602 / 574", "parameters", str(folder), "tokens/s", "best possible: 2.35")
+    assert all(text in output for text in shown)
 
     events = runs.read_log(folder / "log.jsonl")
-    train = [event for event in events if event["event"] == "train"]
-    valid = [event for event in events if event["event"] == "valid"]
+    train, valid = ([event for event in events if event["event"] == kind] for kind in ("train", "valid"))
     assert [event["step"] for event in train] == [5, 10, 12, 15, 20, 24, 25, 30, 35, 36]
     assert [event["step"] for event in valid] == [12, 24, 36]
-    # Fault 3 of the old port: tied embeddings at N(0, 1) made the first loss over three times ln V.
-    assert train[0]["loss"] < 1.1 * math.log(23)
+    assert [event["epoch"] for event in train] == [1] * 3 + [2] * 3 + [3] * 4
+    assert train[0]["loss"] < 1.1 * math.log(23)  # tied embeddings at N(0, 1) start over three times higher
     assert valid[-1]["ppl"] < 12 < 23 / 2 + 1
+    assert list(train[0]) == [
+        "event", "epoch", "step", "lr", "loss", "ppl", "ms_per_batch", "forward_ms_per_batch",
+        "tokens_per_second", "grad_norm", "seconds",
+    ]  # fmt: skip
     for event in train:
         assert event["ppl"] == pytest.approx(math.exp(event["loss"]))
         assert event["ms_per_batch"] > event["forward_ms_per_batch"] > 0 and event["tokens_per_second"] > 0
+    assert list(valid[0]) == [
+        "event", "epoch", "step", "lr", "loss", "ppl", "train_loss", "train_ppl", "seconds"
+    ]  # fmt: skip
+    weights = [75 * 14, 75 * 14, 2379 - 150 * 14]  # targets in the reports of the first epoch
+    mean = sum(w * event["loss"] for w, event in zip(weights, train, strict=False)) / 2379
+    assert valid[0]["train_loss"] == pytest.approx(mean)
     assert [event["event"] for event in events[-2:]] == ["valid", "test"]
     best = checkpoints.load_checkpoint(folder / "best.pt")
     assert best["scores"]["valid_loss"] == min(event["loss"] for event in valid) == events[-1]["valid_loss"]
+    assert events[-1]["best_epoch"] == best["scores"]["epoch"]
 
-
-@SCRIPTS
-def test_evaluate_scores_a_run_again_and_needs_no_other_flag(script, corpus_folder, tmp_path, capsys):
-    _, folder = run(script, corpus_folder, tmp_path / "runs", "--epochs", "1", "--adaptivesoftmax")
-    test = runs.read_log(folder / "log.jsonl")[-1]
-    capsys.readouterr()
-    assert script.main(["--evaluate", str(folder), "--eval-batch-size", "3", "--bptt", "500"]) == 0
-    output = capsys.readouterr().out
-    assert f"valid: loss {test['valid_loss']:.4f}" in output and f"test: loss {test['loss']:.4f}" in output
-    assert script.main(["--evaluate", str(folder / "last.pt"), "--eval-batch-size", "1"]) == 0
-    assert "1 columns" in capsys.readouterr().out
-    write_corpus(tmp_path / "other", seed=6)
-    (tmp_path / "other" / "train.txt").write_text("quite another text\n")
-    with pytest.raises(UserError, match="another vocabulary"):
-        script.main(["--evaluate", str(folder), "--data", str(tmp_path / "other")])
-    with pytest.raises(UserError, match="exclude each other"):
-        script.main(["--evaluate", str(folder), "--resume", str(folder)])
+    record = json.loads((folder / "args.json").read_text())
+    assert record["script"] == script.__name__ and record["command_line"][:2] == SMALL[script][:2]
+    assert record["parameters"] == sum(w.numel() for w in best["model"].values()) - (
+        script is train_rmc and best["model"]["embedding.weight"].numel()  # its softmax is tied
+    )
+    assert record["corpus"]["train"] == 2380 and record["corpus"]["words"] == 22
+    assert record["arguments"]["threads"] >= 1  # what was chosen
 
 
 def test_same_seed_same_run_and_another_seed_another(corpus_folder, tmp_path):
@@ -167,367 +150,138 @@ def test_same_seed_same_run_and_another_seed_another(corpus_folder, tmp_path):
         run(train_rnn, corpus_folder, tmp_path / f"runs{i}", "--epochs", "1", "--seed", seed)[1]
         for i, seed in enumerate(["3", "3", "4"])
     ]
-    assert_same_checkpoint(folders[0] / "last.pt", folders[1] / "last.pt")
-    assert numbers(folders[0]) == numbers(folders[1]) != numbers(folders[2])
+    assert_same_run(*folders[:2])
+    assert numbers(folders[0]) != numbers(folders[2])
 
 
 # ---- interrupts and resume
 
+EVERYTHING = (
+    "--locked-dropout --dropout 0.3 --dropout-words 0.2 --dropout-weights 0.3 --dropout-candidate 0.2 --ar 2 "
+    "--tar 1 --weight-decay 0.1 --random-bptt 3 --warmup 9 --embedding-lr 0.003"
+)
 
-@SCRIPTS
-@pytest.mark.parametrize("softmax", [[], ["--adaptivesoftmax"]], ids=["full", "adaptive"])
-def test_fault_7_resuming_from_the_middle_is_as_if_never_stopped(
-    script, softmax, corpus_folder, tmp_path, monkeypatch
-):
-    """Bit for bit, with dropout: weights, optimiser, schedule, best score, random states, logged numbers."""
-    flags = ["--epochs", "3", *softmax]
-    _, whole = run(script, corpus_folder, tmp_path / "whole", *flags)
-    interrupt_at(monkeypatch, STEPS + 7)  # in the second epoch, between two log entries
-    status, folder = run(script, corpus_folder, tmp_path / "parts", *flags)
+
+@pytest.mark.parametrize(
+    "script, more",
+    [
+        (train_rmc, "--average ema --average-decay 0.9 --schedule cosine"),
+        (train_rnn, "--average nt-asgd"),
+        (train_rnn, "--adaptivesoftmax --accumulate 2 --dropout-candidate 0 --cudnn"),
+    ],
+)
+def test_resume_equals_uninterrupted(script, more, corpus_folder, tmp_path, monkeypatch):
+    """Bit for bit, with all regularisation: weights, optimiser, average, windows, rates, logged numbers."""
+
+    def start_at_once(average, loss):
+        average.started = True
+        average.losses.append(loss)
+
+    monkeypatch.setattr(regularisation.WeightAverage, "watch", start_at_once)
+    argv = f"--epochs 2 {EVERYTHING} {more}".split()
+    _, whole = run(script, corpus_folder, tmp_path / "whole", *argv)
+    interrupt_at(monkeypatch, 17)  # in the second epoch, between two log entries
+    status, folder = run(script, corpus_folder, tmp_path / "parts", *argv)
     assert status == 130
-    assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"] == STEPS + 7
-    interrupt_at(monkeypatch, 2 * STEPS + 5)
+    position = checkpoints.load_checkpoint(folder / "last.pt")["position"]
+    assert position["step"] == 17 and 0 < position["place"] < 170
+    interrupt_at(monkeypatch, 21)
     assert script.main(["--resume", str(folder)]) == 130
     assert script.main(["--resume", str(folder)]) == 0
-    assert_same_checkpoint(whole / "last.pt", folder / "last.pt")
-    assert_same_checkpoint(whole / "best.pt", folder / "best.pt")
-    assert numbers(whole) == numbers(folder)
+    assert_same_run(whole, folder)
+    if "--average" in more:
+        average = checkpoints.load_checkpoint(folder / "last.pt")["average"]
+        assert average["started"] and average["steps"] > 0
 
 
-def test_resuming_an_epoch_that_ended_but_was_not_validated(corpus_folder, tmp_path, monkeypatch):
+def test_resume_keeps_the_state_of_the_plateau(corpus_folder, tmp_path, monkeypatch):
+    """The learning rate is halved after epoch 8, whether or not the run was stopped before."""
+    losses = {step: loss for step, loss in enumerate([3.0, *[4.0] * 8, 3.5], start=1)}
+    evaluate = language_modelling.LanguageModelling.evaluate
+
+    def known(task, trainer, split, *arguments):
+        if split == "test":
+            return evaluate(task, trainer, split, *arguments)
+        return losses[task.position.epoch]
+
+    monkeypatch.setattr(language_modelling.LanguageModelling, "evaluate", known)
+    argv = ["--bptt", "200", "--epochs", "9"]
+    _, whole = run(train_rnn, corpus_folder, tmp_path / "whole", *argv)
+    interrupt_at(monkeypatch, 5)
+    _, folder = run(train_rnn, corpus_folder, tmp_path / "parts", *argv)
+    assert train_rnn.main(["--resume", str(folder)]) == 0
+    assert_same_run(whole, folder)
+    assert [e["lr"] for e in numbers(folder) if e["event"] == "valid"] == [0.01] * 7 + [0.005] * 2
+
+
+def test_resume_after_an_interrupt_during_validation(corpus_folder, tmp_path, monkeypatch):
     _, whole = run(train_rnn, corpus_folder, tmp_path / "whole", "--epochs", "2")
-    interrupt_at(monkeypatch, STEPS, during="validate")
+    interrupt_at(monkeypatch, STEPS, during=(language_modelling.LanguageModelling, "evaluate"))
     status, folder = run(train_rnn, corpus_folder, tmp_path / "parts", "--epochs", "2")
     assert status == 130 and not (folder / "best.pt").exists()
     assert train_rnn.main(["--resume", str(folder)]) == 0
-    assert_same_checkpoint(whole / "last.pt", folder / "last.pt")
-    assert numbers(whole) == numbers(folder)
+    assert_same_run(whole, folder)
 
 
-def test_resuming_for_more_epochs(corpus_folder, tmp_path):
+def test_resume_for_more_epochs(corpus_folder, tmp_path, capsys):
     _, whole = run(train_rnn, corpus_folder, tmp_path / "whole", "--epochs", "3")
     _, folder = run(train_rnn, corpus_folder, tmp_path / "parts", "--epochs", "1")
     assert train_rnn.main(["--resume", str(folder), "--epochs", "3", "--log-interval", "5"]) == 0
     assert_same_checkpoint(whole / "last.pt", folder / "last.pt")
-    assert [event for event in numbers(folder) if event["step"] > STEPS] == [
-        event for event in numbers(whole) if event["step"] > STEPS
-    ]
+    assert_same_checkpoint(whole / "best.pt", folder / "best.pt")
+    later = [[event for event in numbers(run) if event["step"] > STEPS] for run in (whole, folder)]
+    assert later[0] == later[1]
+    record = json.loads((folder / "args.json").read_text())
+    assert record["arguments"]["epochs"] == 3 and len(record["resumed"]) == 1
+    capsys.readouterr()
+    assert train_rnn.main(["--resume", str(folder)]) == 0
+    assert "nothing to train" in capsys.readouterr().out
 
 
-def test_resuming_a_run_killed_before_its_first_save_starts_it_again(corpus_folder, tmp_path):
+def test_resume_of_a_run_killed_before_its_first_save_starts_again(corpus_folder, tmp_path):
     _, whole = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1", "--name", "whole")
     killed = tmp_path / "runs" / "killed"
     killed.mkdir()
     (killed / "args.json").write_bytes((whole / "args.json").read_bytes())
     (killed / "log.jsonl").write_text('{"event": "train", "step": 5, "loss": 9.9}\n{"event": "tr')
     assert train_rnn.main(["--resume", str(killed)]) == 0
-    assert_same_checkpoint(whole / "last.pt", killed / "last.pt")
-    assert numbers(whole) == numbers(killed)
+    assert_same_run(whole, killed)
 
 
-def test_ctrl_c_saves_tests_the_best_model_and_says_how_to_go_on(
+def test_ctrl_c_saves_tests_the_best_model_and_shows_how_to_resume(
     corpus_folder, tmp_path, monkeypatch, capsys
 ):
     interrupt_at(monkeypatch, STEPS + 3)
     status, folder = run(train_rmc, corpus_folder, tmp_path / "runs", "--epochs", "3")
     output = capsys.readouterr().out
     assert status == 130
-    assert "best model (epoch 1)" in output and f"python train_rmc.py --resume {folder}" in output
+    assert "stopped by SIGINT at step 15" in output and "best model (epoch 1)" in output
+    assert "To resume: python " in output and f"train_rmc.py --resume {folder}" in output
     event = runs.read_log(folder / "log.jsonl")[-1]
     assert event["event"] == "interrupt" and event["best_epoch"] == 1 and event["loss"] > 0
     interrupt_at(monkeypatch, 3)
     assert run(train_rmc, corpus_folder, tmp_path / "runs", "--epochs", "3")[0] == 130
-    assert "no epoch was finished" in capsys.readouterr().out
+    assert "no epoch is finished" in capsys.readouterr().out
 
 
-def test_sigterm_saves_and_leaves_at_once(corpus_folder, tmp_path, monkeypatch, capsys):
-    interrupt_at(monkeypatch, STEPS + 3, signal.SIGTERM)
-    status, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "3")
-    assert status == 143 and "best model" not in capsys.readouterr().out
-    assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"] == STEPS + 3
+def test_other_signals_save_and_end_without_a_test(corpus_folder, tmp_path, monkeypatch, capsys):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        interrupt_at(monkeypatch, STEPS + 3, number)
+        argv = ["--epochs", "3", "--name", number.name]
+        status, folder = run(train_rnn, corpus_folder, tmp_path / "runs", *argv)
+        assert status == 128 + number and "best model" not in capsys.readouterr().out
+        assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"] == STEPS + 3
 
 
-def test_resume_refuses_another_corpus_and_a_spoilt_checkpoint(corpus_folder, tmp_path):
-    _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1")
-    other = write_corpus(tmp_path / "other", seed=6)
-    resume = ["--resume", str(folder), "--epochs", "2"]
-    with pytest.raises(UserError, match="not the one this run was started on"):
-        train_rnn.main([*resume, "--data", str(other)])
-    with pytest.raises(UserError, match="a run of train_rnn.py, this is train_rmc.py"):
-        train_rmc.main(resume)
-    good = checkpoints.load_checkpoint(folder / "last.pt")
-    for change in (
-        {"position": {"epoch": 1, "strange": 2}},
-        {"optimizer": None},
-        {"state": torch.zeros(5)},
-        {"sums": torch.zeros(3)},
-        {"random": {}},
-        {"model": {}},
-        {"scheduler": 7},
-    ):
-        checkpoints.save_checkpoint(folder / "last.pt", {**good, **change})
-        with pytest.raises(UserError, match="last.pt does not fit its run") as caught:
-            train_rnn.main(resume)
-        assert "\n" not in str(caught.value)
-    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:5000])
-    with pytest.raises(UserError, match="damaged"):
-        train_rnn.main(resume)
-
-
-# ---- flags
-
-
-def built(script, *argv):
-    args = script.build_parser().parse_args([*SIZES[script], *argv])
-    return script.build_model(args, 50, lm_flags.choose_softmax(args, 50))
-
-
-REACHED = [
-    (train_rmc, ["--emsize", "9"], lambda m: m.embedding.embedding_dim, 9),
-    (train_rmc, ["--memslots", "5"], lambda m: m.core.mem_slots, 5),
-    (train_rmc, ["--headsize", "6"], lambda m: m.core.head_size, 6),
-    (train_rmc, ["--numheads", "3"], lambda m: m.core.num_heads, 3),
-    (train_rmc, ["--numblocks", "2"], lambda m: m.core.num_blocks, 2),
-    (train_rmc, ["--forgetbias", "-0.5"], lambda m: m.core.forget_bias, -0.5),
-    (train_rmc, ["--inputbias", "0.25"], lambda m: m.core.input_bias, 0.25),
-    (train_rmc, ["--gatestyle", "memory"], lambda m: m.core.gate_style, "memory"),
-    (train_rmc, ["--gatestyle", "none"], lambda m: m.core.gate_style, None),
-    (train_rmc, ["--attmlplayers", "4"], lambda m: m.core.attention_mlp_layers, 4),
-    (train_rmc, ["--keysize", "8"], lambda m: m.core.key_size, 8),
-    (train_rmc, ["--dropout", "0.3"], lambda m: (m.dropout_input, m.dropout_output), (0.3, 0.3)),
-    (train_rmc, ["--dropout-input", "0.1"], lambda m: (m.dropout_input, m.dropout_output), (0.1, 0.5)),
-    (train_rmc, ["--dropout-output", "0"], lambda m: (m.dropout_input, m.dropout_output), (0.5, 0)),
-    (train_rnn, ["--model", "GRU"], lambda m: type(m.rnn), torch.nn.GRU),
-    (train_rnn, ["--model", "RNN_RELU"], lambda m: m.rnn.nonlinearity, "relu"),
-    (train_rnn, ["--model", "RNN_TANH"], lambda m: m.rnn.nonlinearity, "tanh"),
-    (train_rnn, ["--emsize", "9"], lambda m: m.embedding.embedding_dim, 9),
-    (train_rnn, ["--nhid", "15"], lambda m: m.rnn.hidden_size, 15),
-    (train_rnn, ["--nlayers", "3"], lambda m: m.rnn.num_layers, 3),
-    (
-        train_rnn,
-        ["--dropout", "0.3"],
-        lambda m: (m.dropout_input, m.rnn.dropout, m.dropout_output),
-        (0.3,) * 3,
-    ),
-    (
-        train_rnn,
-        ["--dropout-input", "0"],
-        lambda m: (m.dropout_input, m.rnn.dropout, m.dropout_output),
-        (0, 0.5, 0.5),
-    ),
-    (
-        train_rnn,
-        ["--dropout-hidden", "0"],
-        lambda m: (m.dropout_input, m.rnn.dropout, m.dropout_output),
-        (0.5, 0, 0.5),
-    ),
-    (
-        train_rnn,
-        ["--dropout-output", "0"],
-        lambda m: (m.dropout_input, m.rnn.dropout, m.dropout_output),
-        (0.5, 0.5, 0),
-    ),
-    (train_rnn, ["--nhid", "12", "--tied"], lambda m: m.output_layer.weight is m.embedding.weight, True),
-    (train_rnn, ["--nhid", "12"], lambda m: m.output_layer.weight is m.embedding.weight, False),
-    (train_rnn, ["--cudnn"], lambda m: m.fused, True),
-    (train_rnn, [], lambda m: m.fused, False),
-    (train_rmc, ["--adaptivesoftmax", "--cutoffs", "7", "20"], lambda m: m.config["cutoffs"], [7, 20]),
-    (train_rnn, ["--adaptivesoftmax", "--cutoffs", "7", "20"], lambda m: m.config["cutoffs"], [7, 20]),
-]
-
-
-@pytest.mark.parametrize(
-    "script, argv, look, expected",
-    REACHED,
-    ids=flags_as_name,
-)
-def test_fault_3_flags_reach_the_model(script, argv, look, expected):
-    """In the old port --gatestyle and the dropout flags never did."""
-    assert look(built(script, *argv)) == expected
-
-
-@pytest.mark.parametrize(
-    "argv, look, expected",
-    [
-        (["--lr", "0.25"], lambda t: t.optimizer.param_groups[0]["lr"], 0.25),
-        (["--batch_size", "5"], lambda t: t.columns.batch_size, 5),
-        (["--batch-size", "6"], lambda t: t.columns.batch_size, 6),
-        (["--save-every", "3"], lambda t: t.alarm.seconds, 180),
-        (["--clip", "0.001"], lambda t: last_gradient_norm(t) <= 0.00101, True),
-        (["--clip", "0"], lambda t: last_gradient_norm(t) > 0.01, True),
-        (["--bptt", "17"], lambda t: (t.train_epoch(), t.at.step)[1], 10),
-        (
-            ["--log-interval", "2", "--bptt", "60"],
-            lambda t: (t.train_epoch(), [e["step"] for e in runs.read_log(t.log.path)])[1],
-            [2, 3],
-        ),
-        (["--epochs", "2", "--bptt", "200"], lambda t: (t.train(t.folder), t.at.step)[1], 2),
-        (
-            ["--eval-batch-size", "4"],
-            lambda t: (
-                abs(t.evaluate("valid") - evaluated(t, 4)) < 1e-6 < abs(t.evaluate("valid") - evaluated(t, 5))
-            ),
-            True,
-        ),
-    ],
-    ids=flags_as_name,
-)
-def test_flags_reach_the_training_loop(corpus_folder, tmp_path, argv, look, expected):
-    args = train_rnn.build_parser().parse_args([*SIZES[train_rnn], "--batch_size", "14", *argv])
-    corpus = lm_training.load_corpus(str(corpus_folder))
-    model = train_rnn.build_model(args, len(corpus.vocabulary), None)
-    trainer = lm_training.Trainer(model, corpus, args, "rnn", torch.device("cpu"))
-    trainer.folder, trainer.log = tmp_path, runs.RunLog(tmp_path / "log.jsonl")
-    assert look(trainer) == expected
-
-
-def last_gradient_norm(trainer):
-    trainer.state = trainer.model.initial_state(14)
-    trainer.step(*next(trainer.columns.windows(20)))
-    return torch.stack([p.grad.square().sum() for p in trainer.model.parameters()]).sum().sqrt().item()
-
-
-def evaluated(trainer, batch_size):
-    return lm_training.evaluate(trainer.model, trainer.corpus.valid, batch_size, 9, "cpu")
-
-
-def test_vocabulary_flag_reaches_the_corpus(corpus_folder, tmp_path):
-    (corpus_folder / "test.txt").write_text("the yak saw the ant\n" * 30)
-    words = {}
-    for choice in ("all", "train"):
-        _, folder = run(train_rnn, corpus_folder, tmp_path / choice, "--epochs", "1", "--vocab-from", choice)
-        words[choice] = checkpoints.load_checkpoint(folder / "best.pt")["words"]
-        assert train_rnn.main(["--evaluate", str(folder)]) == 0  # remembers the choice
-    assert "yak" in words["all"] and "yak" not in words["train"]
-
-
-PUBLISHED = {
-    "data": "./data/wikitext-2",
-    "lr": 0.001,
-    "clip": 0.1,
-    "epochs": 100,
-    "batch_size": 64,
-    "bptt": 100,
-    "seed": 1111,
-    "cuda": False,
-    "log_interval": 100,
-    "adaptivesoftmax": False,
-    "dropout": 0.5,
-    "eval_batch_size": 32,
-}
-PUBLISHED_OF = {
-    train_rmc: {
-        "emsize": 192,
-        "memslots": 1,
-        "headsize": 192,
-        "numheads": 4,
-        "numblocks": 1,
-        "forgetbias": 1,
-        "inputbias": 0,
-        "gatestyle": "unit",
-        "attmlplayers": 3,
-        "keysize": 64,
-    },
-    train_rnn: {"model": "LSTM", "emsize": 300, "nhid": 300, "nlayers": 1, "tied": False, "cudnn": False},
-}
-
-
-@SCRIPTS
-def test_defaults_are_the_published_ones_and_help_names_every_flag(script):
-    parser = script.build_parser()
-    args = vars(parser.parse_args([]))
-    for name, value in {**PUBLISHED, **PUBLISHED_OF[script]}.items():
-        assert args[name] == value, name
-    text = parser.format_help()
-    for action in parser._actions:
-        assert action.help and all(option in text for option in action.option_strings)
-    assert "(default: None)" not in text
-
-
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--batch_size", "2380"], "train.txt and --batch_size"),
-        (["--eval-batch-size", "602"], "valid.txt and --eval-batch-size"),
-        (["--adaptivesoftmax", "--cutoffs", "20", "10"], "increasing"),
-        (["--cutoffs", "10"], "without --adaptivesoftmax"),
-        (["--tied", "--adaptivesoftmax"], "exclude each other"),
-        (["--tied"], "tied"),
-        (["--name", "a b"], "--name"),
-        (["--nhid", "2000000"], "needs .* GB"),
-        (["--nhid", "2147483647", "--emsize", "2147483647"], "a model of these sizes"),
-        (["--data", "no/such/corpus"], "no/such/corpus"),
-        (["--resume", "no/such/run"], "not there"),
-        (["--evaluate", "no/such/file.pt"], "no checkpoint"),
-        (["--cuda"], "--cuda was given but"),
-        (["--lr", "1e30", "--epochs", "1"], "training loss is .*e.30 nats.*diverged"),
-    ],
-)
-def test_bad_input_is_answered_and_leaves_no_run_folder(corpus_folder, tmp_path, monkeypatch, argv, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=message):
-        run(train_rnn, corpus_folder, tmp_path / "runs", *argv)
-    assert not (tmp_path / "runs").exists() or not os.listdir(tmp_path / "runs")
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--lr", "nan"],
-        ["--lr", "0"],
-        ["--dropout", "1"],
-        ["--epochs", "0"],
-        ["--bptt", "-3"],
-        ["--clip", "inf"],
-        ["--cutoffs", "x"],
-        ["--model", "CNN"],
-        ["--seed", "-1"],
-        ["--batch", "3"],
-        ["--unknown"],
-        ["--data"],
-    ],
-)
-def test_bad_flags_end_as_argparse_ends_them(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        train_rnn.main(argv)
-    assert caught.value.code == 2 and "error: " in capsys.readouterr().err
-
-
-def test_memory_that_runs_out_is_answered_with_what_to_lower(corpus_folder, tmp_path, monkeypatch, capsys):
-    def too_much(self, tokens, targets):
-        return torch.empty(2**60)
-
-    monkeypatch.setattr(lm_training.Trainer, "step", too_much)
-    with pytest.raises(SystemExit) as caught:
-        console.run_script(lambda: run(train_rnn, corpus_folder, tmp_path / "runs")[0], lm_training.LOWER_MEMORY)
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and "Lower --batch_size or --bptt, use --adaptivesoftmax, " in message
-    assert not os.listdir(tmp_path / "runs")
+def start_in_a_process(folder, *argv):
+    command = [sys.executable, str(ROOT / "train_rnn.py"), *SMALL[train_rnn], *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
 def test_ctrl_c_as_a_shell_sees_it(corpus_folder, tmp_path):
-    """As a shell sees it: no traceback, status 130, a saved run."""
-    command = [
-        sys.executable,
-        str(ROOT / "train_rnn.py"),
-        *SIZES[train_rnn],
-        *LOOP,
-        "--data",
-        str(corpus_folder),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [*command, "--epochs", "100000", "--runs-folder", "runs"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+    process = start_in_a_process(tmp_path, "--data", str(corpus_folder), "--epochs", "100000")
     try:
         for line in process.stdout:
             if "(best)" in line:
@@ -537,23 +291,17 @@ def test_ctrl_c_as_a_shell_sees_it(corpus_folder, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in errors and "stopping after this step" in errors
-    assert "test loss" in output and "--resume runs/" in output
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert json.loads((folder / "args.json").read_text())["command_line"][:2] == SIZES[train_rnn][:2]
+    assert "test loss" in output
+    command = output.partition("To resume: ")[2].strip()
+    assert re.fullmatch(r"python \S+train_rnn.py --resume runs/train_rnn-[0-9-]+", command)
+    assert (tmp_path / shlex.split(command)[1]).samefile(ROOT / "train_rnn.py")
 
 
-def test_killed_while_it_saves_nothing_is_lost(corpus_folder, tmp_path):
-    """Saving at every step, killed without warning: what is left resumes to the same end, bit for bit."""
-    flags = [*SIZES[train_rnn], *LOOP, "--data", str(corpus_folder), "--epochs", "4"]
-    assert train_rnn.main([*flags, "--runs-folder", str(tmp_path / "whole"), "--name", "run"]) == 0
-    arguments = ["--runs-folder", str(tmp_path / "killed"), "--name", "run", "--save-every", "0.000001"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_rnn.py"), *flags, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+def test_a_run_killed_while_it_saves_resumes_to_the_same_end(corpus_folder, tmp_path):
+    """Saving at every step, killed without warning."""
+    argv = ["--data", str(corpus_folder), "--epochs", "4", "--name", "run"]
+    assert train_rnn.main([*SMALL[train_rnn], *argv, "--runs-folder", str(tmp_path / "whole")]) == 0
+    process = start_in_a_process(tmp_path, *argv, "--save-every", "0.000001")
     try:
         for line in process.stdout:
             if line.startswith("epoch 2"):
@@ -562,19 +310,41 @@ def test_killed_while_it_saves_nothing_is_lost(corpus_folder, tmp_path):
         process.kill()
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "runs" / "run"
     assert 0 < checkpoints.load_checkpoint(killed / "last.pt")["position"]["step"] < 4 * STEPS
     (killed / ".last.pt.left.tmp").write_bytes(b"half a checkpoint")
     assert train_rnn.main(["--resume", str(killed), "--save-every", "0"]) == 0
     assert sorted(os.listdir(killed)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
-    assert_same_checkpoint(whole / "last.pt", killed / "last.pt")
-    assert_same_checkpoint(whole / "best.pt", killed / "best.pt")
-    assert numbers(whole) == numbers(killed)
+    assert_same_run(whole, killed)
 
 
-def test_a_best_model_newer_than_the_last_checkpoint_is_the_one_to_beat(corpus_folder, tmp_path):
-    """Killed between the two writes; on a GPU the epoch done again may end with a worse loss."""
-    _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1")
+# ---- files of a run that are missing, foreign or altered
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a corpus and finished runs of one epoch: runs/train_rmc and runs/train_rnn."""
+    root = tmp_path_factory.mktemp("finished")
+    write_corpus(root / "corpus")
+    for script in SIZES:
+        run(script, root / "corpus", root / "runs", "--epochs", "1", "--name", script.__name__)
+    return root
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of `finished` that a test may alter."""
+    for folder in (finished / "runs").iterdir():
+        shutil.copytree(folder, tmp_path / "runs" / folder.name)
+        record = json.loads((folder / "args.json").read_text())
+        record["arguments"]["runs_folder"] = str(tmp_path / "runs")
+        (tmp_path / "runs" / folder.name / "args.json").write_text(json.dumps(record))
+    return tmp_path / "runs"
+
+
+def test_best_pt_newer_than_last_pt_is_the_score_to_beat(copied):
+    """A run killed between the two writes repeats the epoch; on a GPU it may end with another loss."""
+    folder = copied / "train_rnn"
     best = checkpoints.load_checkpoint(folder / "best.pt")
     best["scores"] = {"epoch": 2, "step": 2 * STEPS, "valid_loss": 0.125}
     checkpoints.save_checkpoint(folder / "best.pt", best)
@@ -582,72 +352,343 @@ def test_a_best_model_newer_than_the_last_checkpoint_is_the_one_to_beat(corpus_f
     assert train_rnn.main(["--resume", str(folder), "--epochs", "3"]) == 0
     assert (folder / "best.pt").read_bytes() == kept
     position = checkpoints.load_checkpoint(folder / "last.pt")["position"]
-    assert (position["best_valid"], position["best_epoch"]) == (0.125, 2)
-    (folder / "best.pt").unlink()  # then the next epoch makes one
-    assert train_rnn.main(["--resume", str(folder), "--epochs", "4"]) == 0
-    assert checkpoints.load_checkpoint(folder / "best.pt")["scores"]["epoch"] == 4
+    assert (position["best_score"], position["best_step"]) == (0.125, 2 * STEPS)
     del best["scores"]
     checkpoints.save_checkpoint(folder / "best.pt", best)
-    with pytest.raises(UserError, match="does not say how good it is"):
+    with pytest.raises(UserError, match="has no score"):
         train_rnn.main(["--resume", str(folder), "--epochs", "5"])
 
 
-@pytest.mark.parametrize("script", [train_rmc, train_rnn])
-def test_recipe_sets_its_flags_says_so_and_gives_way_to_flags_on_the_command_line(script, tmp_path, capsys):
-    status = script.main(
-        ["--recipe", "tiny", "--data", str(write_corpus(tmp_path)), "--emsize", "6"]
-        + (["--headsize", "4"] if script is train_rmc else ["--nhid", "6"])
-        + ["--epochs", "1", "--batch_size", "2", "--runs-folder", str(tmp_path / "runs"), "--name", "r"]
-    )
-    assert status == 0
-    first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first.startswith(f"recipe tiny: --data {tmp_path} --emsize 6 ")
-    assert second.startswith(f"given beside it: --data {tmp_path} in place of --data tiny, --emsize 6 in")
-    assert ("--headsize 4" if script is train_rmc else "--nhid 6") + " in place of" in second
-    assert "--epochs 1 in place of --epochs 11" in second and second.count("in place") == 5
-    args = json.loads((tmp_path / "runs" / "r" / "args.json").read_text(encoding="utf-8"))["arguments"]
-    recipe = script.RECIPES["tiny"]
-    assert args["recipe"] == "tiny" and args["emsize"] == 6 and args["epochs"] == 1
-    for flag in ("lr", "clip", "schedule", "dropout", "bptt"):
-        assert args[flag] == recipe[flag] != script.build_parser().get_default(flag), flag
+def test_a_finished_run_without_best_pt_says_so_and_can_train_on(copied):
+    folder = copied / "train_rnn"
+    (folder / "best.pt").unlink()
+    with pytest.raises(UserError, match="best.pt is missing"):
+        train_rnn.main(["--resume", str(folder)])
+    with pytest.raises(UserError, match="no best.pt in"):
+        train_rnn.main(["--evaluate", str(folder)])
+    assert train_rnn.main(["--resume", str(folder), "--epochs", "2"]) == 0  # the next epoch writes one
+    assert checkpoints.load_checkpoint(folder / "best.pt")["scores"]["epoch"] == 2
 
 
-def test_a_recipe_is_not_asked_again_when_its_run_goes_on(tmp_path, capsys, monkeypatch):
-    """The run's own flags count: the recipe's, and those that were given beside it."""
-    text, sizes = str(write_corpus(tmp_path / "text")), ["--emsize", "6", "--nhid", "6", "--bptt", "8"]
-    begun = ["--recipe", "wikitext2-regularised", "--data", text, *sizes, "--warmup", "1", "--epochs", "1"]
-    begun += ["--runs-folder", str(tmp_path), "--name", "r"]
-    assert train_rnn.main(begun) == 0
-    folder = tmp_path / "r"
-    capsys.readouterr()
-    again = ["--resume", str(folder), "--recipe", "wikitext2-regularised", "--epochs", "2"]
-    assert train_rnn.main(again) == 0
-    assert "recipe wikitext2-regularised:" not in capsys.readouterr().out
-    args = checkpoints.load_checkpoint(folder / "last.pt")["args"]
-    assert args["dropout_input"] == 0.4 and args["emsize"] == 6 and args["epochs"] == 2
-    # As torchrun does it, with the command line that began the run; here with nothing left to do.
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    again = [word if word != "1" or begun[i - 1] != "--epochs" else "2" for i, word in enumerate(begun)]
-    assert train_rnn.main(again) == 0
-    assert "nothing to train: all 2 epochs are done" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--recipe cannot change"):
-        train_rnn.main(["--resume", str(folder), "--recipe", "tiny"])
-    with pytest.raises(UserError, match="trains nothing"):
-        train_rnn.main(["--evaluate", str(folder), "--recipe", "tiny"])
-    (tmp_path / "text").rename(tmp_path / "moved")
+def test_best_pt_of_another_model_is_refused_before_training(copied):
+    folder = copied / "train_rmc"
+    shutil.copy(copied / "train_rnn" / "best.pt", folder / "best.pt")
+    kept = (folder / "last.pt").read_bytes()
+    for more in ([], ["--epochs", "2"]):
+        with pytest.raises(UserError, match="best.pt holds another model than this run's"):
+            train_rmc.main(["--resume", str(folder), *more])
+    assert (folder / "last.pt").read_bytes() == kept
+
+
+def test_resume_refuses_another_text_another_script_and_no_last_pt(copied, tmp_path):
+    folder = copied / "train_rnn"
+    resume = ["--resume", str(folder), "--epochs", "2"]
+    other = write_corpus(tmp_path / "other", seed=6)
+    with pytest.raises(UserError, match="not the one that this run was started on"):
+        train_rnn.main([*resume, "--data", str(other)])
+    with pytest.raises(UserError, match="a run of train_rnn.py, this is train_rmc.py"):
+        train_rmc.main(resume)
+    (folder / "last.pt").unlink()
+    with pytest.raises(UserError, match="has no last.pt"):
+        train_rnn.main(resume)
+
+
+def test_altered_last_pt_is_refused_with_one_line(copied):
+    folder = copied / "train_rnn"
+    good = checkpoints.load_checkpoint(folder / "last.pt")
+    position, optimizer = good["position"], good["optimizer"]
+    moments = {**optimizer["state"], 0: {**optimizer["state"][0], "exp_avg": torch.zeros(3)}}
+    changes = [
+        *({"position": {**position, **change}} for change in (
+            {"epoch": "x"}, {"epoch": 1.5}, {"epoch": True}, {"place": -5}, {"step": None},
+        )),
+        {"position": {"epoch": 1}},
+        {"optimizer": None},
+        {"optimizer": {**optimizer, "state": moments}},
+        {"state": torch.zeros(5)},
+        {"sums": torch.zeros(3)},
+        {"random": [{}]},
+        {"model": {}},
+        {"schedule": 7},
+        {"task": {}},
+        {"args": None},
+    ]  # fmt: skip
+    for change in changes:
+        checkpoints.save_checkpoint(folder / "last.pt", {**good, **change})
+        with pytest.raises(UserError, match="last.pt does not fit this run") as caught:
+            train_rnn.main(["--resume", str(folder), "--epochs", "2"])
+        assert "\n" not in str(caught.value), change
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:5000])
+    with pytest.raises(UserError, match="damaged"):
+        train_rnn.main(["--resume", str(folder), "--epochs", "2"])
+
+
+@pytest.mark.parametrize("written", [0, 1], ids=["nothing written", "one report"])
+def test_a_run_that_fails_early_removes_its_folder(corpus_folder, tmp_path, monkeypatch, written):
+    step = Trainer.step
+
+    def failing(trainer):
+        if trainer.at.step == 3:
+            raise ZeroDivisionError
+        step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    argv = [*SMALL[train_rnn], "--data", str(corpus_folder), "--runs-folder", str(tmp_path / "runs")]
+    with pytest.raises(ZeroDivisionError):
+        train_rnn.main([*argv, "--log-interval", "2" if written else "5"])
+    assert len(os.listdir(tmp_path / "runs")) == written
+
+
+# ---- --evaluate
+
+
+@SCRIPTS
+def test_evaluate_repeats_the_scores_of_a_run(script, finished, capsys):
+    folder = finished / "runs" / script.__name__
+    test = runs.read_log(folder / "log.jsonl")[-1]
+    for other in SIZES:  # either script
+        assert other.main(["--evaluate", str(folder), "--bptt", "500"]) == 0
+        output, warned = capsys.readouterr()
+        assert f"valid: loss {test['valid_loss']:.4f}" in output and not warned
+        assert f"test: loss {test['loss']:.4f}" in output and "3 columns" in output
+    assert script.main(["--evaluate", str(folder / "last.pt"), "--eval-batch-size", "1", "--lr", "1"]) == 0
+    output, warned = capsys.readouterr()
+    assert "1 columns" in output and f"test: loss {test['loss']:.4f}" not in output
+    assert "--evaluate ignores --lr:" in warned
+
+
+def test_evaluate_reads_only_the_text_of_a_run_in_its_own_place(finished, tmp_path, capsys):
+    """A checkpoint from elsewhere must not choose which folder is read and gets a cache file."""
+    foreign = tmp_path / "best.pt"
+    shutil.copy(finished / "runs" / "train_rnn" / "best.pt", foreign)
+    with pytest.raises(UserError, match="Name the folder of the text with --data"):
+        train_rnn.main(["--evaluate", str(foreign)])
+    assert train_rnn.main(["--evaluate", str(foreign), "--data", str(finished / "corpus")]) == 0
+
+
+def test_evaluate_on_another_text_requires_vocab_from_train(finished, tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "corpus")
+    (corpus / "test.txt").write_text("the yak saw the ant\n" * 30)
+    for choice, advice in (("all", "train with --vocab-from train"), ("train", "keep its train.txt")):
+        _, folder = run(train_rnn, corpus, tmp_path / choice, "--epochs", "1", "--vocab-from", choice)
+        words = checkpoints.load_checkpoint(folder / "best.pt")["words"]
+        assert ("yak" in words) == (choice == "all")
+        assert train_rnn.main(["--evaluate", str(folder)]) == 0
+        other = write_corpus(tmp_path / f"other {choice}", seed=6)
+        (other / "test.txt").write_text("a gnat and a newt\n" * 30)
+        if choice == "train":  # with the run's own train.txt
+            shutil.copy(corpus / "train.txt", other / "train.txt")
+            assert train_rnn.main(["--evaluate", str(folder), "--data", str(other)]) == 0
+        (other / "train.txt").write_text("quite another text\n")
+        with pytest.raises(UserError, match=f"has another one.*{advice}"):
+            train_rnn.main(["--evaluate", str(folder), "--data", str(other)])
+    assert "--vocab-from train" in " ".join(train_rnn.build_parser().format_help().split())
+
+
+def test_a_text_that_has_moved_can_be_named(finished, tmp_path):
+    shutil.copytree(finished / "corpus", tmp_path / "corpus")
+    _, folder = run(train_rnn, tmp_path / "corpus", tmp_path / "runs", "--epochs", "1")
+    (tmp_path / "corpus").rename(tmp_path / "moved")
     for flag in ("--evaluate", "--resume"):
         with pytest.raises(UserError, match="name its new place with --data"):
             train_rnn.main([flag, str(folder)])
-    assert train_rnn.main(["--evaluate", str(folder), "--data", str(tmp_path / "moved")]) == 0
+        assert train_rnn.main([flag, str(folder), "--data", str(tmp_path / "moved")]) == 0
 
 
-def test_evaluate_uses_the_columns_of_the_run_unless_told_otherwise(corpus_folder, tmp_path, capsys):
-    """What a run printed at its end comes out again, and not where other columns are given."""
-    _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1")
-    printed = capsys.readouterr().out.split("| test ")[-1].strip()
-    train_rnn.main(["--evaluate", str(folder)])
-    told = capsys.readouterr().out
-    assert "3 columns" in told and f"test: {printed}" in told
-    train_rnn.main(["--evaluate", str(folder), "--eval-batch-size", "1"])
-    other = capsys.readouterr().out
-    assert "1 columns" in other and f"test: {printed}" not in other
+# ---- flags
+
+REACHED = [
+    (train_rmc, "--emsize 9", lambda m: m.embedding.embedding_dim, 9),
+    (train_rmc, "--memslots 5", lambda m: m.core.mem_slots, 5),
+    (train_rmc, "--headsize 6", lambda m: m.core.head_size, 6),
+    (train_rmc, "--numheads 3", lambda m: m.core.num_heads, 3),
+    (train_rmc, "--numblocks 2", lambda m: m.core.num_blocks, 2),
+    (train_rmc, "--forgetbias -0.5", lambda m: m.core.forget_bias, -0.5),
+    (train_rmc, "--inputbias 0.25", lambda m: m.core.input_bias, 0.25),
+    (train_rmc, "--gatestyle memory", lambda m: m.core.gate_style, "memory"),
+    (train_rmc, "--gatestyle none", lambda m: m.core.gate_style, None),
+    (train_rmc, "--gatestyle None", lambda m: m.core.gate_style, None),
+    (train_rmc, "--attmlplayers 4", lambda m: m.core.attention_mlp_layers, 4),
+    (train_rmc, "--keysize 8", lambda m: m.core.key_size, 8),
+    (train_rmc, "--keysize 0", lambda m: m.core.key_size, 5),
+    (train_rmc, "--dropout 0.3", lambda m: (m.dropout_input, m.dropout_output), (0.3, 0.3)),
+    (train_rmc, "--dropout-input 0.1", lambda m: (m.dropout_input, m.dropout_output), (0.1, 0.5)),
+    (train_rmc, "--dropout-output 0", lambda m: (m.dropout_input, m.dropout_output), (0.5, 0)),
+    (train_rmc, "--dropout-candidate 0.2", lambda m: m.config["dropout_candidate"], 0.2),
+    (train_rnn, "--model GRU", lambda m: type(m.rnn), torch.nn.GRU),
+    (train_rnn, "--model RNN_RELU", lambda m: m.rnn.nonlinearity, "relu"),
+    (train_rnn, "--model RNN_TANH", lambda m: m.rnn.nonlinearity, "tanh"),
+    (train_rnn, "--emsize 9", lambda m: m.embedding.embedding_dim, 9),
+    (train_rnn, "--nhid 15", lambda m: m.rnn.hidden_size, 15),
+    (train_rnn, "--nlayers 3", lambda m: m.rnn.num_layers, 3),
+    (train_rnn, "--dropout 0.3", lambda m: (m.dropout_input, m.rnn.dropout, m.dropout_output), (0.3,) * 3),
+    (train_rnn, "--dropout-hidden 0", lambda m: (m.dropout_input, m.rnn.dropout), (0.5, 0)),
+    (train_rnn, "--dropout-candidate 0.2", lambda m: m.config["dropout_candidate"], 0.2),
+    (train_rnn, "--nhid 12 --tied", lambda m: m.output_layer.weight is m.embedding.weight, True),
+    (train_rnn, "--nhid 12", lambda m: m.output_layer.weight is m.embedding.weight, False),
+    (train_rnn, "--project", lambda m: m.projection.weight.shape, (12, 14)),
+    (train_rnn, "--cudnn", lambda m: m.fused, True),
+    (train_rnn, "--no-cudnn", lambda m: m.fused, False),
+    *(
+        (script, *case)
+        for script in SIZES
+        for case in (
+            ("--adaptivesoftmax --cutoffs 7 20", lambda m: m.config["cutoffs"], [7, 20]),
+            ("--locked-dropout", lambda m: m.locked_dropout, True),
+            ("--dropout-words 0.2", lambda m: m.dropout_words, 0.2),
+            ("--dropout-weights 0.2", lambda m: m.dropout_weights, 0.2),
+        )
+    ),
+]
+
+
+def test_flags_reach_the_model():
+    for script, line, look, expected in REACHED:
+        args = script.build_parser().parse_args(f"{SIZES[script]} {line}".split())
+        model = script.build_model(args, 50, choose_softmax(args, 50))
+        assert look(model) == expected, (script.__name__, line)
+
+
+def test_flags_reach_the_training_loop(corpus_folder, tmp_path):
+    """Those that tests/test_lm_training.py does not compare with a plain loop."""
+
+    def trainer(line):
+        parser = train_rnn.build_parser()
+        args = parser.parse_args(f"{SIZES[train_rnn]} --batch-size 14 {line}".split())
+        args.data = str(corpus_folder)
+        script = language_modelling.script("train_rnn", "rnn", parser, train_rnn.build_model, {})
+        made = script.build(args, torch.device("cpu"), ALONE)
+        made.train(tmp_path)
+        return made
+
+    def steps(kind):
+        return [event["step"] for event in runs.read_log(tmp_path / "log.jsonl") if event["event"] == kind]
+
+    made = trainer("--bptt 17 --epochs 2 --log-interval 3")
+    assert (made.at.step, steps("train"), steps("valid")) == (20, [3, 6, 9, 10, 12, 15, 18, 20], [10, 20])
+    made = trainer("--bptt 200 --epochs 1 --eval-batch-size 4")
+    event = runs.read_log(tmp_path / "log.jsonl")[-1]
+    for columns, equal in ((4, True), (5, False)):
+        again = language_modelling.evaluate(made.model, made.task.corpus.valid, columns, 9, "cpu")
+        assert (abs(event["loss"] - again) < 1e-6) == equal
+    average = trainer("--bptt 200 --epochs 1 --average nt-asgd --average-trigger 7").task.average
+    assert (average.decay, average.patience) == (None, 7)
+    made = trainer("--bptt 200 --epochs 1 --bf16 --threads 1 --seed 5")
+    assert made.args.threads == torch.get_num_threads() == 1 and made.args.bf16
+
+
+@SCRIPTS
+def test_two_word_flags_are_accepted_in_both_spellings(script):
+    def reads(kind, text):
+        try:
+            return kind is None or kind(text) is not None
+        except Exception:
+            return False
+
+    parser, tried = script.build_parser(), 0
+    for flag, action in parser._option_string_actions.items():
+        if not flag.startswith("--") or "-" not in flag[2:]:
+            continue
+        other, tried = flag.replace("-", "_").replace("__", "--", 1), tried + 1
+        value = action.choices[0] if action.choices else "3" if reads(action.type, "3") else "0.5"
+        words = [] if action.nargs == 0 else [value]
+        assert other != flag and parser.given([other, *words]) == parser.given([flag, *words]) != {}
+        if words:
+            assert parser.given([f"{other}={value}"]) == parser.given([flag, value])
+    assert tried > 20
+    assert parser.given(["--data", "a_b", "--name=--batch_size"]) == {"data": "a_b", "name": "--batch_size"}
+
+
+PUBLISHED = {
+    "data": "./data/wikitext-2", "lr": 0.001, "clip": 0.1, "epochs": 100, "batch_size": 64, "bptt": 100,
+    "seed": 1111, "cuda": False, "log_interval": 100, "adaptivesoftmax": False, "dropout": 0.5,
+    "eval_batch_size": 32,
+}  # fmt: skip
+PUBLISHED_OF = {
+    train_rmc: {
+        "emsize": 192, "memslots": 1, "headsize": 192, "numheads": 4, "numblocks": 1, "forgetbias": 1,
+        "inputbias": 0, "gatestyle": "unit", "attmlplayers": 3, "keysize": 64,
+    },
+    train_rnn: {"model": "LSTM", "emsize": 300, "nhid": 300, "nlayers": 1, "tied": False, "cudnn": False},
+}  # fmt: skip
+
+
+@SCRIPTS
+def test_defaults_are_the_published_ones_and_help_names_every_flag(script):
+    parser = script.build_parser()
+    assert parser.defaults().items() >= {**PUBLISHED, **PUBLISHED_OF[script]}.items()
+    text = parser.format_help()
+    for action in parser._actions:
+        assert action.help and all(option in text for option in action.option_strings)
+    assert "(default: None)" not in text and "(default: False)" not in text
+
+
+# ---- recipes
+
+
+@SCRIPTS
+@pytest.mark.parametrize("name", ["wikitext2", "wikitext2-regularised"])
+def test_recipes_for_wikitext2_have_at_most_eleven_million_parameters(script, name):
+    recipe = script.RECIPES[name]
+    args = flags.parse(script.build_parser(), script.__name__, {"recipe": name}, script.RECIPES, frozenset())
+    with torch.device("meta"):
+        model = script.build_model(args, 33278, None)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 10_500_000 < count <= 11_000_000
+    assert f"{count:,} parameters" in Path(script.__file__).read_text(encoding="utf-8")
+    assert model.output_layer.weight is model.embedding.weight
+    assert model.locked_dropout == recipe.get("locked_dropout", False)
+    dropped = (0.3, 0.0, 0.0) if name == "wikitext2" else (0.4, 0.1, 0.4)
+    assert (model.dropout_input, model.dropout_words, model.dropout_weights) == dropped
+
+
+@SCRIPTS
+def test_the_flags_that_a_recipe_prints_have_its_effect_when_they_are_typed(script, capsys):
+    for name in ("tiny", "wikitext2", "wikitext2-regularised"):
+        parser = script.build_parser()
+        by_recipe = flags.parse(parser, script.__name__, {"recipe": name}, script.RECIPES, frozenset())
+        printed = capsys.readouterr().out.removeprefix(f"recipe {name}: ")
+        typed = parser.parse_args(shlex.split(printed))
+        assert {**vars(typed), "recipe": name} == vars(by_recipe)
+        assert all(vars(by_recipe)[flag] == value for flag, value in script.RECIPES[name].items())
+    words = parser.as_typed({"locked_dropout": False, "adaptivesoftmax": False, "data": "a b", "name": "-x"})
+    assert words == ["--no-locked-dropout", "--data", "a b", "--name=-x"]
+
+
+@SCRIPTS
+def test_flags_on_the_command_line_override_a_recipe(script, finished, tmp_path, capsys):
+    size = "--headsize" if script is train_rmc else "--nhid"
+    argv = ["--recipe", "tiny", "--data", str(finished / "corpus"), "--emsize", "6", size, "6"]
+    argv += ["--epochs", "1", "--batch_size", "4", "--lr", str(script.RECIPES["tiny"]["lr"])]
+    assert script.main([*argv, "--runs-folder", str(tmp_path), "--name", "r"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith("recipe tiny: ") and f"--data {finished / 'corpus'}" in first
+    assert "--emsize 6" in first and "--epochs 1" in first
+    assert set(second.removeprefix("changed by the command line: ").split()) == {
+        "--data", "--emsize", size, "--epochs", "--batch-size"
+    }  # fmt: skip
+    args = json.loads((tmp_path / "r" / "args.json").read_text(encoding="utf-8"))["arguments"]
+    assert args["recipe"] == "tiny" and args["emsize"] == 6 and args["epochs"] == 1
+    for flag in ("lr", "clip", "schedule", "dropout", "bptt"):
+        assert args[flag] == script.RECIPES["tiny"][flag] != script.build_parser().get_default(flag), flag
+
+
+def test_a_resumed_run_keeps_the_flags_of_its_recipe(finished, tmp_path, capsys, monkeypatch):
+    argv = ["--recipe", "wikitext2-regularised", "--data", str(finished / "corpus"), "--emsize", "6"]
+    argv += ["--nhid", "6", "--bptt", "8", "--warmup", "1", "--runs-folder", str(tmp_path), "--name", "r"]
+    argv += ["--epochs"]
+    assert train_rnn.main([*argv, "1"]) == 0
+    folder = str(tmp_path / "r")
+    capsys.readouterr()
+    again = ["--resume", folder, "--recipe", "wikitext2-regularised", "--epochs", "2"]
+    assert train_rnn.main(again) == 0
+    output, warned = capsys.readouterr()
+    assert "recipe wikitext2-regularised:" not in output and "the learning rate jumps" in warned
+    args = checkpoints.load_checkpoint(tmp_path / "r" / "last.pt")["args"]
+    assert args["dropout_input"] == 0.4 and args["emsize"] == 6 and args["epochs"] == 2
+    # torchrun restarts a run with the command line that began it.
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert train_rnn.main([*argv, "2"]) == 0
+    assert "nothing to train" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--recipe cannot change"):
+        train_rnn.main(["--resume", folder, "--recipe", "tiny"])

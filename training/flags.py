@@ -143,6 +143,7 @@ RESUME_MAY_CHANGE = frozenset({
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that have the same meaning in every training script."""
+    # fmt: off
     run = parser.add_argument_group("run")
     option(run, "--seed", seed_int, 1111, "N", "seed of all random numbers")
     switch(run, "--cuda", "train on the GPU, on all visible ones; default: on the CPU")
@@ -150,35 +151,24 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     option(run, "--log-interval", positive_int, 100, "STEPS", "training steps between two log entries")
     option(run, "--name", None, None, None, "name of the run's folder (default: script, date and time)")
     option(run, "--runs-folder", None, "runs", "FOLDER", "folder in which run folders are created")
-    option(
-        run, "--save-every", non_negative_float, 10.0, "MINUTES",
-        "save last.pt this often, besides after each epoch and at the end; 0 = only then",
-    )  # fmt: skip
-    option(
-        run, "--resume", None, None, "RUN_FOLDER",
-        "continue an earlier run from its last.pt, with its arguments",
-    )  # fmt: skip
-    switch(
-        run, "--bf16",
-        "train with matrix products in bfloat16; softmax, norms, memory and evaluation stay in float32, and "
-        "so do torch's fused recurrent layers where they do not support it",
-    )  # fmt: skip
-    switch(
-        run, "--strict-float32", "no TF32 in matrix products on a GPU (TF32 is faster and rounds to 10 bits)"
-    )
-    switch(
-        run, "--no-cuda-graph", "launch a training step's operations one by one on a GPU, not as a CUDA graph"
-    )
+    option(run, "--save-every", non_negative_float, 10.0, "MINUTES",
+           "save last.pt this often, besides after each epoch and at the end; 0 = only then")
+    option(run, "--resume", None, None, "RUN_FOLDER",
+           "continue an earlier run from its last.pt, with its arguments")
+    switch(run, "--bf16",
+           "train with matrix products in bfloat16; softmax, norms, memory and evaluation stay in float32, "
+           "and so do torch's fused recurrent layers where they do not support it")
+    switch(run, "--strict-float32",
+           "no TF32 in matrix products on a GPU (TF32 is faster and rounds to 10 bits)")
+    switch(run, "--no-cuda-graph",
+           "launch a training step's operations one by one on a GPU, not as a CUDA graph")
     parts = parser.add_argument_group("parts of a batch (torchrun divides it among processes)")
-    option(
-        parts, "--accumulate", positive_int, 1, "PIECES",
-        "divide a process's share of the batch into pieces and add up their gradients: the same step in less "
-        "memory",
-    )  # fmt: skip
-    option(
-        parts, "--collective-timeout", positive_float, 600.0, "SECONDS",
-        "how long a process waits for the others; longer than the first reading of a corpus takes",
-    )  # fmt: skip
+    option(parts, "--accumulate", positive_int, 1, "PIECES",
+           "divide a process's share of the batch into pieces and add up their gradients: the same step in "
+           "less memory")
+    option(parts, "--collective-timeout", positive_float, 600.0, "SECONDS",
+           "how long a process waits for the others; longer than the first reading of a corpus takes")
+    # fmt: on
 
 
 def add_core_flags(
@@ -190,24 +180,20 @@ def add_core_flags(
     keysize: int,
 ) -> None:
     """Add the flags of the relational memory core, with these defaults."""
+    # fmt: off
     option(group, "--memslots", positive_int, memslots, "N", "rows of the memory matrix")
-    option(
-        group, "--headsize", positive_int, headsize, "UNITS",
-        "value size of an attention head; a memory row has heads x this many units",
-    )  # fmt: skip
+    option(group, "--headsize", positive_int, headsize, "UNITS",
+           "value size of an attention head; a memory row has heads x this many units")
     option(group, "--numheads", positive_int, numheads, "N", "attention heads")
     option(group, "--numblocks", layer_count, 1, "N", "attention blocks per time step")
     option(group, "--forgetbias", finite_float, 1.0, "X", "fixed bias of the forget gate, before the sigmoid")
     option(group, "--inputbias", finite_float, 0.0, "X", "fixed bias of the input gate, before the sigmoid")
-    option(
-        group, "--gatestyle", str.lower, "unit", None, "one gate per unit, one per memory row, or no gates",
-        choices=("unit", "memory", "none"),
-    )  # fmt: skip
+    option(group, "--gatestyle", str.lower, "unit", None,
+           "one gate per unit, one per memory row, or no gates", choices=("unit", "memory", "none"))
     option(group, "--attmlplayers", layer_count, attmlplayers, "N", "layers of the MLP after the attention")
-    option(
-        group, "--keysize", non_negative_int, keysize, "UNITS",
-        "query and key size of an attention head; 0 = the head size",
-    )  # fmt: skip
+    option(group, "--keysize", non_negative_int, keysize, "UNITS",
+           "query and key size of an attention head; 0 = the head size")
+    # fmt: on
 
 
 def core_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -274,20 +260,19 @@ def parse(
 
 def _saved_values(parser: Parser, script: str, folder: Path) -> dict[str, Any]:
     """Return the arguments of a run, after parsing them as the command line would be."""
-    saved = runs.saved_arguments(folder, script)
-    names = {action.dest for action in parser._actions}
-    # Files written by an older version may name flags that no longer exist, or lack new ones.
-    saved = {name: value for name, value in saved.items() if name in names}
+    saved, defaults = runs.saved_arguments(folder, script), parser.defaults()
+    # Files written by another version may name flags that do not exist here, or lack some.
+    saved = {name: value for name, value in saved.items() if name in defaults}
     try:
-        parsed = vars(parser.parse_args(parser.as_typed(saved)))
+        parsed = defaults | parser.given(parser.as_typed(saved))
         for name, value in saved.items():
-            if parsed[name] != value:
+            if value != parsed[name]:
                 raise UserError(f"{parser.flag(name)} is {value!r}.")
     except (UserError, TypeError) as error:
         raise UserError(
             f"{folder / 'args.json'} has an invalid value: {error} Restore the old value or start a new run."
         ) from None
-    return parsed
+    return defaults | saved
 
 
 def warn_of_ignored(parser: Parser, given: Mapping[str, Any], used: frozenset[str]) -> None:

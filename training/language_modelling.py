@@ -10,6 +10,7 @@ import argparse
 import bisect
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,17 +55,18 @@ def evaluate(
     """Return the mean loss of a split in nats per token, with each of its N - 1 targets scored once.
 
     Args:
-        model: is put into eval mode, and afterwards back into its mode.
+        model: is in eval mode during the call and in its previous mode afterwards.
         ids: the split, (N,).
         batch_size: columns that the split is divided into. Each starts from the initial state and carries its
             state to its end: fewer columns lose less context, and 1 scores the split as one stream.
         bptt: tokens of a column per step; changes speed and memory, not the result.
-        interrupts: read between windows.
+        interrupts: checked between windows.
+        label: name of the split, beside the progress bar.
         processes: share the columns; each of them gets the loss of the whole split.
 
     Raises:
         UserError: the split has fewer targets than columns.
-        Interrupted: `interrupts` has been asked to stop.
+        Interrupted: a stop was requested.
     """
     columns = TokenColumns(ids, batch_size, device)
     mine = processes.share(batch_size)
@@ -84,6 +86,11 @@ def evaluate(
         return processes.add_up(total).item() / columns.num_pairs
     finally:
         model.train(was_training)
+
+
+def describe_model(kind: str, model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return what a checkpoint contains for `load_model`, as plain data."""
+    return {"kind": kind, "config": model.config, "model": model.state_dict(), "words": vocabulary.words}
 
 
 def load_model(
@@ -128,7 +135,6 @@ class Reading:
     place: int = 0  # places of the columns that this epoch has trained on
     epoch_nats: float = 0.0  # summed losses of this epoch, up to the last report
     epoch_tokens: int = 0  # targets of this epoch, up to the last report
-    best_epoch: int = 0
 
 
 class LanguageModelling(Task):
@@ -143,7 +149,7 @@ class LanguageModelling(Task):
         processes: divide the batch's columns, in order.
     """
 
-    sums = ("nats",)
+    sums = ("losses",)
     score_name = "valid_loss"
 
     def __init__(
@@ -156,18 +162,17 @@ class LanguageModelling(Task):
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.corpus, self.args, self.kind, self.device = model, corpus, args, kind, device
-        for name in ("valid", "test"):  # too short for the batch: fail now, not after the first epoch
-            with split_named(name, "--eval-batch-size"):
-                TokenColumns(getattr(corpus, name), args.eval_batch_size)
-        with split_named("train", "--batch-size"):
-            self.columns = TokenColumns(corpus.train, args.batch_size, device)
+        for name in ("valid", "test"):  # fail now, not after the first epoch
+            split_columns(corpus, name, args.eval_batch_size, "--eval-batch-size")
+        self.columns = split_columns(corpus, "train", args.batch_size, "--batch-size", device)
         self.mine = processes.share(args.batch_size)
         self.examples = self.mine.stop - self.mine.start
         self.full_count = args.batch_size * args.bptt
+        self.can_be_captured = not args.adaptivesoftmax  # which makes the host wait for the GPU
         self.state = model.initial_state(self.examples)  # stays in place, as a captured step requires
         self.position = Reading()
-        decay = args.average_decay if args.average == "ema" else None
         if args.average != "none":
+            decay = args.average_decay if args.average == "ema" else None
             self.average = WeightAverage(model, decay, args.average_trigger)
         self.penalties = {"penalties": (args.ar, args.tar)} if args.ar or args.tar else {}
         self.total_steps = args.epochs * len(self.window_stops(1))
@@ -192,8 +197,8 @@ class LanguageModelling(Task):
     def check(self, saved: Mapping[str, Any]) -> None:
         if saved["corpus"] != self.fingerprint:
             raise UserError(
-                f"the text in {self.corpus.folder} is not the one that this run was started on (other words "
-                "or another order). Name the folder of that text with --data, or start a new run."
+                f"the text in {self.corpus.folder} is not the one that this run was started on. Name the "
+                "folder of that text with --data, or start a new run."
             )
 
     # -- batches
@@ -243,8 +248,10 @@ class LanguageModelling(Task):
 
     def report(self, trainer: Trainer, totals: dict[str, float], elapsed: float) -> tuple[dict, str, str]:
         at, steps = trainer.at, max(trainer.timed_steps, 1)
-        loss = totals["nats"] / at.interval_count
-        self.position.epoch_nats += totals["nats"]
+        loss = totals["losses"] / at.interval_count
+        if perplexity(loss) == math.inf:
+            trainer.diverged(f"training loss is {loss:.4g} nats per token")
+        self.position.epoch_nats += totals["losses"]
         self.position.epoch_tokens += at.interval_count
         # On a GPU the host does not wait for the end of the forward pass.
         forward = 1000 * trainer.forward_seconds / steps if self.device.type == "cpu" else None
@@ -263,38 +270,26 @@ class LanguageModelling(Task):
         """End an epoch: validation loss, learning rate, best.pt."""
         here = self.position
         loss = self.evaluate(trainer, "valid", self.model, trainer.interrupts)
-        if perplexity(loss) == float("inf"):
-            trainer.diverged(f"validation loss is {loss:.4g} nats")
-        train_loss = here.epoch_nats / max(here.epoch_tokens, 1)
+        if perplexity(loss) == math.inf:
+            trainer.diverged(f"validation loss is {loss:.4g} nats per token")
         best, best_model, averaged = loss, self.model, {}
         if self.average is not None and self.average.steps:
             average_loss = self.evaluate(trainer, "valid", self.average.model, trainer.interrupts)
             averaged = {"average_loss": average_loss, "average_ppl": perplexity(average_loss)}
             if average_loss < loss:
                 best, best_model = average_loss, self.average.model
+        train_loss = here.epoch_nats / max(here.epoch_tokens, 1)
+        train = {"train_loss": train_loss, "train_ppl": perplexity(train_loss)}
         trainer.update_clock()
-        trainer.write(
-            "valid",
-            loss=loss,
-            ppl=perplexity(loss),
-            **averaged,
-            train_loss=train_loss,
-            train_ppl=perplexity(train_loss),
-        )
+        trainer.write("valid", loss=loss, ppl=perplexity(loss), **averaged, **train)
         trainer.lr.end_epoch(loss)
         if self.average is not None:
             self.average.watch(loss)
-        better = trainer.offer_best(best, best_model)
-        if better:
-            here.best_epoch = here.epoch
-        marks = {id(best_model): " (best)"} if better else {}
-        line = f"valid {loss_text(loss)}{marks.get(id(self.model), '')}"
+        mark = " (best)" if trainer.offer_best(best, best_model) else ""
+        line = f"valid {loss_text(loss)}{mark if best_model is self.model else ''}"
         if averaged:
-            line += f", averaged {averaged['average_ppl']:.2f}{marks.get(id(self.average.model), '')}"
-        say(
-            f"epoch {here.epoch}: train ppl {perplexity(train_loss):.2f} | {line} | "
-            f"{trainer.at.seconds:.0f} s"
-        )
+            line += f", averaged {averaged['average_ppl']:.2f}{mark if best_model is not self.model else ''}"
+        say(f"epoch {here.epoch}: train ppl {train['train_ppl']:.2f} | {line} | {trainer.at.seconds:.0f} s")
         here.epoch += 1
         here.place = here.epoch_tokens = 0
         here.epoch_nats = 0.0
@@ -308,27 +303,18 @@ class LanguageModelling(Task):
         return evaluate(model, ids, columns, args.bptt, self.device, interrupts, split, processes)
 
     def finish(self, trainer: Trainer, event: str) -> None:
-        """Test the best model, and show the best possible perplexity where it is known."""
+        """Test the best model."""
         best = trainer.processes.from_main(trainer.load_best)
         model, _ = load_model(best, self.device)
-        loss = self.evaluate(trainer, "test", model)
-        valid = trainer.at.best_score
-        trainer.write(
-            event,
-            loss=loss,
-            ppl=perplexity(loss),
-            best_epoch=best["scores"]["epoch"],
-            valid_loss=valid,
-            valid_ppl=perplexity(valid),
-        )
+        loss, valid = self.evaluate(trainer, "test", model), trainer.at.best_score
+        epoch = best["scores"]["epoch"]
+        scores = {"loss": loss, "ppl": perplexity(loss), "best_epoch": epoch}
+        trainer.write(event, **scores, valid_loss=valid, valid_ppl=perplexity(valid))
         limit = best_possible(self.corpus.folder, "test")
-        say(
-            f"best model (epoch {best['scores']['epoch']}): valid {loss_text(valid)} | "
-            f"test {loss_text(loss)}{limit}"
-        )
+        say(f"best model (epoch {epoch}): valid {loss_text(valid)} | test {loss_text(loss)}{limit}")
 
     def stopped(self, trainer: Trainer) -> None:
-        """After Ctrl-C, test the best model. A scheduler that sends another signal gives no time for it."""
+        """After Ctrl-C, test the best model; after other signals there may be no time for it."""
         if trainer.interrupts.requested != "SIGINT" or not trainer.processes.alone:
             return
         if trainer.at.best_step:
@@ -342,7 +328,7 @@ class LanguageModelling(Task):
         return f"a lower --lr (it was {args.lr:g}{own}) or a lower --clip"
 
     def warn_of_short_epochs(self) -> None:
-        """Warn of a text that batch and window are too large for: learning takes many steps."""
+        """Warn if batch and window are so large for the text that an epoch has few steps."""
         args, steps, targets = self.args, len(self.window_stops(1)), self.columns.num_pairs
         if steps >= FEW_STEPS:
             return
@@ -350,23 +336,18 @@ class LanguageModelling(Task):
         lower = f"Lower --batch-size to {fitting} or less" if fitting else "Lower --batch-size and --bptt"
         warn(
             f"the training text has {targets + 1:,} tokens: with --batch-size {args.batch_size} and --bptt "
-            f"{args.bptt} an epoch has {steps} step{'s' * (steps > 1)}, and learning takes many. {lower}, or "
-            "raise --epochs."
+            f"{args.bptt} an epoch has only {steps} step{'s' * (steps > 1)}. {lower}, or raise --epochs."
         )
 
 
-def describe_model(kind: str, model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return what rebuilds a model without any flag, as plain data."""
-    return {"kind": kind, "config": model.config, "model": model.state_dict(), "words": vocabulary.words}
-
-
-@contextlib.contextmanager
-def split_named(name: str, flag: str) -> Iterator[None]:
-    """Add the split's name and the flag to a UserError from the block."""
+def split_columns(
+    corpus: Corpus, split: str, batch_size: int, flag: str, device: torch.device | str = "cpu"
+) -> TokenColumns:
+    """Return a split in columns; add its name and the flag of the batch size to a UserError."""
     try:
-        yield
+        return TokenColumns(getattr(corpus, split), batch_size, device)
     except UserError as error:
-        raise UserError(f"{name}.txt and {flag} do not fit: {error}") from None
+        raise UserError(f"{split}.txt and {flag} do not fit: {error}") from None
 
 
 @contextlib.contextmanager
@@ -386,7 +367,7 @@ def loss_text(loss: float) -> str:
 
 
 def best_possible(folder: Path, split: str) -> str:
-    """Return ' (best possible: ...)' if the corpus has an entropy.json, as data/tiny has; else ''."""
+    """Return ' (best possible: PERPLEXITY)' if the corpus has an entropy.json, as data/tiny has; else ''."""
     try:
         return f" (best possible: {float(runs.read_json(folder / 'entropy.json')[split]['perplexity']):.2f})"
     except (OSError, ValueError, LookupError, TypeError):
@@ -423,23 +404,26 @@ def script(
             f"tokens (train / valid / test), {words:,} words"
         )
         cutoffs = choose_softmax(args, words)
+        make = functools.partial(build_model, args, words, cutoffs)
         try:
-            make = functools.partial(build_model, args, words, cutoffs)
             devices.check_model_fits(make, device)
             model = make().to(device)
         except ValueError as error:
             raise UserError(str(error)) from None
-        size = sum(parameter.numel() for parameter in model.parameters())
-        rows = args.batch_size * args.bptt // processes.world_size
-        args.threads = devices.choose_threads(
-            args.threads, size * rows, device, distributed.processes_on_this_host()
-        )
+        tokens = args.batch_size * args.bptt // processes.world_size
+        args.threads = choose_threads(args.threads, model, tokens, device)
         task = LanguageModelling(model, corpus, args, kind, device, processes)
         return Trainer(task, args, device, processes, *optimizer_of(model, args))
 
     return Script(
         name, parser, build, functools.partial(score, parser), recipes, frozenset({"epochs", "data"})
     )
+
+
+def choose_threads(requested: int, model: LanguageModel, tokens: int, device: torch.device) -> int:
+    """Set and return the number of CPU threads for steps of so many tokens in this process."""
+    work = tokens * sum(parameter.numel() for parameter in model.parameters())
+    return devices.choose_threads(requested, work, device, distributed.processes_on_this_host())
 
 
 def optimizer_of(
@@ -469,41 +453,37 @@ def score(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, An
     model, vocabulary = load_model(checkpoint, device)
     saved = checkpoint.get("args")
     saved = saved if isinstance(saved, dict) else {}
+    data, vocab_from = args.data, saved.get("vocab_from")
     if "data" not in given:
-        # The file names the folder to read, and to write a cache into: only for a run of one's own.
-        home = path.resolve().parent.parent
-        if home != Path(str(saved.get("runs_folder", ""))).resolve():
+        # Reading a corpus writes a cache into its folder: a foreign file must not choose the folder.
+        home = str(saved.get("runs_folder"))
+        if path.resolve().parent.parent != Path(home).resolve():
             raise UserError(
-                f"{path} is not in the runs folder that it was written to, so its text is not "
-                "certain. Name the folder of the text with --data."
+                f"{path} does not lie in a run folder in {home!r}, which it names as its folder of runs, so "
+                "its --data is not used. Name the folder of the text with --data."
             )
-        args.data = str(saved.get("data", args.data))
-    vocab_from = saved.get("vocab_from") if saved.get("vocab_from") in ("all", "train") else args.vocab_from
+        data = str(saved.get("data"))
     with processes.one_per_host_first(), text_may_have_moved("data" not in given):
-        corpus = load_corpus(args.data, vocab_from)
-    columns = args.eval_batch_size
-    if "eval_batch_size" not in given and isinstance(saved.get("eval_batch_size"), int):
-        columns = max(1, saved["eval_batch_size"])
+        corpus = load_corpus(data, vocab_from if vocab_from in ("all", "train") else args.vocab_from)
     if corpus.vocabulary.words != vocabulary.words:
         advice = (
-            "The vocabulary of this run holds the words of train.txt: keep that file and change only "
-            "valid.txt and test.txt"
+            "Its run has --vocab-from train: keep its train.txt, and change only valid.txt and test.txt."
             if vocab_from == "train"
-            else "The vocabulary of this run holds the words of all three texts. To score a new text, train "
-            "with --vocab-from train, which replaces unknown words by <unk>"
+            else "Its run has --vocab-from all: only its own text fits. To score another text, train "
+            "with --vocab-from train."
         )
         raise UserError(
-            f"{path} was trained with a vocabulary of {len(vocabulary):,} words, and {corpus.folder} has "
-            f"another one of {len(corpus.vocabulary):,}. {advice}."
+            f"{path} has a vocabulary of {len(vocabulary):,} words, and {corpus.folder} has another one of "
+            f"{len(corpus.vocabulary):,}. {advice}"
         )
-    size = sum(parameter.numel() for parameter in model.parameters())
-    devices.choose_threads(
-        args.threads, size * columns * args.bptt, device, distributed.processes_on_this_host()
-    )
+    columns = saved.get("eval_batch_size")
+    if "eval_batch_size" in given or not isinstance(columns, int) or columns < 1:
+        columns = args.eval_batch_size
+    choose_threads(args.threads, model, columns * args.bptt, device)
     print(f"{path} ({type(model).__name__}) on {corpus.folder}, {columns} columns", flush=True)
     for split in ("valid", "test"):
-        with split_named(split, "--eval-batch-size"):
-            ids = getattr(corpus, split)
-            loss = evaluate(model, ids, columns, args.bptt, device, None, split, processes)
+        split_columns(corpus, split, columns, "--eval-batch-size")
+        ids = getattr(corpus, split)
+        loss = evaluate(model, ids, columns, args.bptt, device, None, split, processes)
         say(f"{split}: {loss_text(loss)}{best_possible(corpus.folder, split)}")
     return 0

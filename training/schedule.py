@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from training.console import warn
+
 # More than PATIENCE epochs in a row without a better validation loss halve the plateau's learning rate.
 PATIENCE = 5
 LR_FACTOR = 0.5
@@ -25,7 +27,7 @@ class LearningRate:
         device: on a CUDA device the learning rates are tensors that stay in place, because a captured step
             reads them at each replay.
 
-    Except for the plateau it depends on the step alone, so that a resumed run needs no state.
+    Except for the plateau, the learning rate depends on the step only.
     """
 
     def __init__(
@@ -44,6 +46,11 @@ class LearningRate:
         self.tensors = [torch.tensor(lr, device=device) for _ in factors] if on_gpu else None
         self.plateau_factor, self.best_loss, self.bad_epochs = 1.0, math.inf, 0
         self.current = self.at(1)
+        if warmup >= total_steps:
+            warn(
+                f"--warmup {warmup:,} is not shorter than the run of {total_steps:,} steps: the learning "
+                "rate will not reach --lr"
+            )
 
     def at(self, step: int) -> float:
         """Return the learning rate of a step; the first step is 1."""
@@ -75,14 +82,16 @@ class LearningRate:
             self.bad_epochs = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the plateau's state as plain data."""
-        names = ("plateau_factor", "best_loss", "bad_epochs")
+        """Return the state as plain data."""
+        names = ("plateau_factor", "best_loss", "bad_epochs", "total_steps")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Restore what `state_dict` returned, after `step` steps and after the optimiser was restored."""
         self.plateau_factor, self.best_loss = float(state["plateau_factor"]), float(state["best_loss"])
         self.bad_epochs = int(state["bad_epochs"])
-        for group in self.optimizer.param_groups:  # the checkpoint may come from another kind of device
+        if self.schedule == "cosine" and state["total_steps"] != self.total_steps:
+            warn("the run has another length than before: the learning rate jumps to the new cosine")
+        for group in self.optimizer.param_groups:  # the run may have been on another kind of device
             group["capturable"] = self.tensors is not None
         self.set(max(step, 1))

@@ -31,16 +31,16 @@ from training.schedule import LearningRate
 class Position:
     """Where a run stands, besides weights and random generators."""
 
+    best_score: float  # of best.pt, in the task's units
+    best_step: int = 0  # 0: no best.pt yet
     step: int = 0  # optimiser steps since the start of the run
     interval_steps: int = 0  # steps since the last report
     interval_count: int = 0  # targets in these steps
-    best_score: float = 0.0  # of best.pt, in the task's units
-    best_step: int = 0  # 0: no best.pt yet
     seconds: float = 0.0  # of work, without interruptions
 
 
 class Interrupted(Exception):
-    """Raised between steps when a signal has asked the run to stop, or --stop-after has passed."""
+    """Raised between steps after a stop signal, or when --stop-after has passed."""
 
 
 class Task:
@@ -49,12 +49,12 @@ class Task:
     Attributes:
         model: the model in training, on its device.
         examples: this process's examples (rows) of a batch.
-        batch_flag: the flag of the batch size, for messages.
         total_steps: steps of the whole run.
         full_count: targets of a full batch; only full batches are captured as CUDA graphs.
-        sums: names of the sums that `losses` returns.
+        can_be_captured: whether a step never waits for the GPU.
+        sums: names of the sums that `losses` returns, plural nouns.
         state: the recurrent state carried from step to step, (examples, ...), or None.
-        average: an average of the weights, or None.
+        average: a `WeightAverage`, or None.
         position: a dataclass with the task's part of the position.
         score_name: the name of the score in best.pt.
         higher_is_better: whether a higher score is better.
@@ -62,9 +62,9 @@ class Task:
 
     model: nn.Module
     examples: int
-    batch_flag = "--batch-size"
     total_steps: int
     full_count: int
+    can_be_captured = True
     sums: tuple[str, ...]
     state: Tensor | None = None
     average: Any = None
@@ -95,7 +95,7 @@ class Task:
         raise NotImplementedError
 
     def span(self, step: int) -> tuple[str, int, int]:
-        """Return label, number of steps and steps already taken of the progress bar that starts now."""
+        """Return label, number of steps and steps already taken of the next progress bar."""
         raise NotImplementedError
 
     def span_is_over(self, step: int) -> bool:
@@ -169,7 +169,7 @@ class Trainer:
     ) -> None:
         self.task, self.args, self.device, self.processes = task, args, device, processes
         self.model = task.model
-        processes.check_batch(task.batch_flag, args.batch_size, args.accumulate)
+        processes.check_batch("--batch-size", args.batch_size, args.accumulate)
         processes.share_weights(self.model)
         rows = task.examples // args.accumulate
         self.pieces = [slice(start, start + rows) for start in range(0, task.examples, rows)]
@@ -183,19 +183,15 @@ class Trainer:
         # Sums since the last report, the last one of gradient norms. They stay on the device: reading them
         # makes the host wait for the GPU.
         self.sums = torch.zeros(len(task.sums) + 1, dtype=torch.float64, device=device)
-        options = {
-            "device": device,
-            # Replicas need threads, which a capture cannot have.
-            "enabled": self.replicas is self.model and not args.no_cuda_graph and self.can_be_captured(),
-            "on_failure": self.not_captured,
-            "beside_threads": not alone,
-        }
-        if alone:
-            (self.captured_step,) = capture_together([self.whole_step], **options)
-        else:  # no graph holds the exchange between processes
-            steps = capture_together([self.add_gradients, self.update], **options)
-            self.captured_step = lambda *inputs: self.exchange_step(*steps, *inputs)
-        self.at = Position(best_score=-math.inf if task.higher_is_better else math.inf)
+        # The parts of a step: between several processes' two parts, gradients are exchanged, without a graph.
+        self.parts = [self.whole_step] if alone else [self.add_gradients, self.update]
+        # Replicas need threads, which a capture cannot have.
+        capture = task.can_be_captured and not args.no_cuda_graph and self.replicas is self.model
+        self.captured_parts = capture_together(
+            self.parts, self.not_captured, device=device, enabled=capture, beside_threads=not alone
+        )
+        self.worst_score = -math.inf if task.higher_is_better else math.inf
+        self.at = Position(self.worst_score)
         self.interrupts = console.Interrupts()
         self.folder = Path()
         self.log: runs.RunLog | None = None
@@ -203,12 +199,8 @@ class Trainer:
         self.clock = time.perf_counter()
         self.start_interval()
 
-    def can_be_captured(self) -> bool:
-        """Return whether a step never waits for the GPU: adaptive softmax does."""
-        return not getattr(self.args, "adaptivesoftmax", False)
-
     def not_captured(self, reason: str) -> None:
-        """Warn and log that steps cannot be captured: the run is slower than its arguments suggest."""
+        """Warn and log that steps run without CUDA graphs, which is slower."""
         warn(reason)
         self.write("not_captured", reason=reason)
 
@@ -218,12 +210,11 @@ class Trainer:
         """Take one optimiser step on the next batch."""
         inputs, self.count, scale = self.task.next_batch()
         self.lr.set(self.at.step + 1, scale)
-        if self.count == self.task.full_count:
-            self.captured_step(*inputs)
-        elif self.processes.alone:
-            self.whole_step(*inputs)
-        else:
-            self.exchange_step(self.add_gradients, self.update, *inputs)
+        first, *last = self.captured_parts if self.count == self.task.full_count else self.parts
+        first(*inputs)
+        for update in last:
+            self.processes.add_up(self.gradients.flat)
+            update()
         if self.task.average is not None:
             self.task.average.update(self.model)
         self.at.step += 1
@@ -236,12 +227,6 @@ class Trainer:
         """Compute the gradient and update the weights, without waiting for the device."""
         self.add_gradients(*inputs)
         self.update()
-
-    def exchange_step(self, add_gradients: Callable, update: Callable, *inputs: Tensor) -> None:
-        """Take the same step with gradients summed over all processes in between."""
-        add_gradients(*inputs)
-        self.processes.add_up(self.gradients.flat)
-        update()
 
     def add_gradients(self, *inputs: Tensor) -> None:
         """Compute this process's part of the batch's gradient, piece by piece."""
@@ -323,7 +308,7 @@ class Trainer:
         totals = self.read_sums()
         self.update_clock()
         fields, short, line = self.task.report(self, totals, max(self.clock - self.interval_clock, 1e-9))
-        self.write("train", **fields, grad_norm=totals["norms"] / self.at.interval_steps)
+        self.write("train", **fields, grad_norm=totals["gradient norms"] / self.at.interval_steps)
         progress.report(short, line)
         self.at.interval_steps = self.at.interval_count = 0
         self.sums.zero_()
@@ -337,19 +322,20 @@ class Trainer:
             UserError: a sum is not finite.
         """
         losses = self.processes.add_up(self.sums[:-1].clone()).tolist()
-        totals = {**dict(zip(self.task.sums, losses, strict=True)), "norms": self.sums[-1].item()}
+        norms = self.sums[-1].item()  # of the whole gradient, the same in all processes
+        totals = {**dict(zip(self.task.sums, losses, strict=True)), "gradient norms": norms}
         for name, value in totals.items():
             if not math.isfinite(value):
-                self.diverged(f"sum of {name} since the last report is {value}")
+                self.diverged(f"sum of the {name} since the last report is {value}")
         return totals
 
     def diverged(self, what: str) -> None:
         """Raise the UserError of a run whose numbers are no longer finite."""
         last = self.folder / "last.pt"
-        kept = f"{last} is from before" if last.exists() else "no checkpoint had been written yet"
+        kept = f"{last} was written before that" if last.exists() else "No checkpoint had been written yet"
         raise UserError(
-            f"training has diverged: the {what}, at step {self.at.step:,}. {kept[0].upper()}{kept[1:]}. "
-            f"Start a new run with {self.task.lower_advice()}."
+            f"training has diverged: the {what}, at step {self.at.step:,}. {kept}. Start a new run with "
+            f"{self.task.lower_advice()}."
         )
 
     def start_interval(self) -> None:
@@ -372,10 +358,10 @@ class Trainer:
     # ---- checkpoints
 
     def save_last(self) -> None:
-        """Write last.pt: everything that the next step depends on.
+        """Write last.pt: everything that the next step depends on, from all processes.
 
-        The main process writes what all processes contribute: the states of all examples in their order, the
-        sums over all, and each one's random generators.
+        Raises:
+            UserError: training has diverged; the previous last.pt is kept.
         """
         totals = self.read_sums()
         self.update_clock()
@@ -410,8 +396,8 @@ class Trainer:
             score: in the task's units.
             model: the model that has reached it; None for the model in training.
         """
-        sign = -1 if self.task.higher_is_better else 1
-        if not sign * score < sign * self.at.best_score:
+        best = self.at.best_score
+        if not (score > best if self.task.higher_is_better else score < best):
             return False
         contents = {
             **self.task.describe(model or self.model),
@@ -432,10 +418,16 @@ class Trainer:
         """
         path = self.folder / "best.pt"
         if not path.is_file():
-            raise UserError(f"{path} is missing, so there is no model to measure. Start a new run.")
+            raise UserError(
+                f"{path} is missing: it was deleted or could not be written. Train longer to get another "
+                "one, or start a new run."
+            )
         best, own = checkpoints.load_checkpoint(path, device), self.task.describe(self.model)
         if best.get("kind") != own["kind"] or best.get("config") != own["config"]:
-            raise UserError(f"{path} holds another model than this run's. Restore the file of this run.")
+            raise UserError(
+                f"{path} holds another model than this run's. Put the run's own file back, or remove this "
+                "one to resume without it."
+            )
         return best
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
@@ -468,7 +460,7 @@ class Trainer:
                 raise
             raise UserError(
                 f"last.pt does not fit this run ({type(error).__name__}: {console.first_line(error)}). It or "
-                "args.json may have been altered. Start a new run."
+                "args.json may have been altered, or written by another version. Start a new run."
             ) from None
         if pieces != self.args.accumulate and any(
             value for name, value in self.model.config.items() if name.startswith("dropout")
@@ -482,19 +474,18 @@ class Trainer:
         """Set the score to beat to that of best.pt, which a killed run may have written after last.pt.
 
         Raises:
-            UserError: best.pt cannot be read.
+            UserError: best.pt cannot be read, or is not this run's.
         """
-        fresh = Position(best_score=-math.inf if self.task.higher_is_better else math.inf)
-        self.at.best_score, self.at.best_step = fresh.best_score, 0
+        self.at.best_score, self.at.best_step = self.worst_score, 0
         path = self.folder / "best.pt"
         if not self.processes.from_main(path.exists):
             return
-        scores = self.processes.from_main(lambda: checkpoints.load_checkpoint(path).get("scores"))
+        scores = self.processes.from_main(lambda: self.load_best().get("scores"))
         try:
             self.at.best_score, self.at.best_step = float(scores[self.task.score_name]), int(scores["step"])
         except (LookupError, TypeError, ValueError):
             raise UserError(
-                f"{path} has no score. It may have been altered. Move it elsewhere to resume without it."
+                f"{path} has no score. It may have been altered. Remove it to resume without it."
             ) from None
 
 
@@ -526,6 +517,8 @@ class Script:
 def run(script: Script, argv: Sequence[str] | None) -> int:
     """Train, or with --evaluate only measure, as the command line says.
 
+    A run that fails before its first report and checkpoint removes its folder.
+
     Args:
         script: what to run.
         argv: the command line; None for the process's own.
@@ -533,33 +526,25 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped the run.
     """
+    argv = distributed.resume_after_restart(script.parser.given(argv), argv)
     given = script.parser.given(argv)
-    resumed = distributed.resume_after_restart(given, argv)
-    if resumed is not argv:
-        argv, given = resumed, script.parser.given(resumed)
     args = flags.parse(script.parser, script.name, given, script.recipes, script.resume_may_change)
     if args.evaluate is not None:
         return script.evaluate(args, given)
     device, processes = distributed.start(args)
     devices.seed_everything(args.seed)
     trainer = script.build(args, device, processes)
-    if args.warmup >= trainer.task.total_steps:
-        warn(
-            f"--warmup {args.warmup:,} is not shorter than the run of {trainer.task.total_steps:,} steps: "
-            "the learning rate will not reach --lr"
-        )
     processes.seed_apart(args.seed)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"model: {type(trainer.model).__name__}, {parameters:,} parameters")
-    facts = {**processes.facts, "parameters": parameters, **trainer.task.facts()}
-    if args.resume is not None:
-        folder = Path(args.resume)
-    else:
+    if args.resume is None:
+        facts = {**processes.facts, "parameters": parameters, **trainer.task.facts()}
+        record = runs.record_of(script.name, args, argv, **facts)
         folder = processes.from_main(
-            lambda: runs.create_run_folder(
-                args.runs_folder, args.name, script.name, runs.record_of(script.name, args, argv, **facts)
-            )
+            lambda: runs.create_run_folder(args.runs_folder, args.name, script.name, record)
         )
+    else:
+        folder = Path(args.resume)
     with runs.locked(folder) if processes.is_main else nullcontext():
         trainer.folder = folder
         if args.resume is not None:
@@ -569,7 +554,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
         try:
             finished = trainer.train(folder)
         except BaseException:
-            # Any exception: a run that fails before its first report or checkpoint removes its folder.
+            # Any exception, KeyboardInterrupt included.
             begun = trainer.at.step > trainer.at.interval_steps or (folder / "last.pt").exists()
             if args.resume is None and processes.is_main and not begun:
                 runs.discard_run_folder(folder)
@@ -594,12 +579,6 @@ def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
         trainer.restore(checkpoint)
     trainer.restore_best()
     step = trainer.at.step
-    if checkpoint is not None and trainer.lr.schedule == "cosine":
-        before = checkpoint["args"].get("epochs"), checkpoint["args"].get("steps")
-        if before != (getattr(args, "epochs", None), getattr(args, "steps", None)):
-            warn(
-                "the length of the run has changed, and the cosine schedule with it: the learning rate jumps"
-            )
     if processes.is_main:
         runs.note_resume(folder, args, argv, **processes.facts)
         runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
