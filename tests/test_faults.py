@@ -280,7 +280,7 @@ def test_disk_without_any_space_ends_in_an_error(corpus, whole, tmp_path, monkey
             save(contents, file)
 
     monkeypatch.setattr(torch, "save", save_on_full_disk)
-    with pytest.raises(UserError, match="best.pt is missing, so there is no model to measure"):
+    with pytest.raises(UserError, match="best.pt is missing: it was deleted or could not be written"):
         train(corpus, tmp_path)
     assert "there is no previous file, training continues" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "run")) == ["args.json", "log.jsonl"]
