@@ -372,3 +372,10 @@ def test_model_of_another_run_is_refused(corpus, whole, tmp_path):
     shutil.copy(tmp_path / "other" / "last.pt", tmp_path / "run" / "last.pt")
     with pytest.raises(UserError, match="last.pt does not fit this run"):
         train_rnn.main(["--resume", str(tmp_path / "run")])
+
+
+def test_score_to_beat_is_that_of_best_pt(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    alter(tmp_path / "run", lambda c: c["position"].update(best_score=-1.0))
+    assert train_rnn.main(["--resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
+    assert checkpoints.load_checkpoint(tmp_path / "run" / "best.pt")["scores"]["epoch"] == 3
