@@ -297,8 +297,8 @@ def resume_after_restart(given: dict[str, Any], argv: Sequence[str] | None) -> S
 def run_script(main: Callable[[], int | None], lower: str = "the batch size") -> NoReturn:
     """Run a script as `console.run_script` does, in a process that torchrun may have started.
 
-    Only the main process prints results. A process that fails prints the reason; torchrun then stops the
-    others and prints a report.
+    Only the main process prints results, warnings and a progress bar. Any process that fails prints the
+    reason; torchrun then stops the others and prints a report.
     """
     try:
         place = from_environment()
@@ -307,11 +307,12 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
         sys.exit(console.EXIT_USER_ERROR)
     if place.alone:
         console.run_script(main, lower)
+    errors = sys.stderr
     if not place.is_main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def report(message: str) -> None:
-        console.print_error(f"in process {place.rank} of {place.world_size}: {message}")
+        print(f"error: in process {place.rank} of {place.world_size}: {message}", file=errors, flush=True)
 
     @record  # writes an exception to the file that torchrun's report shows
     def main_and_exit() -> None:
