@@ -239,15 +239,10 @@ class NthFarthest(trainer.Task):
         return self.finished(step)
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int, float]:
-        args, shown = self.args, self.stages[self.position.stage]
-        full = shown == self.stages[-1]
+        args, stage = self.args, self.position.stage
+        shown = self.stages[stage] if stage + 1 < len(self.stages) else None  # None: the full task
         inputs, targets = make_batch(
-            args.batch_size,
-            args.num_vectors,
-            args.num_dims,
-            self.generator,
-            self.device,
-            None if full else shown,
+            args.batch_size, args.num_vectors, args.num_dims, self.generator, self.device, shown
         )
         return (inputs[self.mine], targets[self.mine]), args.batch_size, 1.0
 

@@ -33,14 +33,11 @@ class CapturedStep:
     The next call overwrites its results.
 
     Args:
-        function: takes tensors; returns a tensor, a structure of tensors or None.
+        function: takes tensors on the device; returns a tensor, a structure of tensors or None.
         device: where it computes; it is captured on a CUDA device only.
         enabled: False calls it eagerly everywhere.
         on_failure: called with the reason, in one line, when the capture fails. Later calls are eager.
         beside_threads: whether other threads use the device too, as NCCL's watchdog does.
-
-    Raises:
-        ValueError: at the capture, an input that is not a tensor on the device.
     """
 
     def __init__(
@@ -90,11 +87,6 @@ class CapturedStep:
         A failure leaves the weights unchanged, because nothing has run. Gradients may then be memory that was
         never written; the function's next call resets them.
         """
-        for number, given in enumerate(inputs):
-            # A copy from the host would be recorded with its present address, or not at all.
-            if not isinstance(given, Tensor) or given.device != self.device:
-                found = f"one on {given.device}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-                raise ValueError(f"input {number} of a captured step must be on {self.device}, got {found}")
         self.inputs = tuple(given.clone() for given in inputs)
         collecting = gc.isenabled()
         try:

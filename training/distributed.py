@@ -16,6 +16,8 @@ import datetime
 import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from training.console import UserError
 
 # torchrun sets these, among others.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PAUSE = 2.0  # seconds before a process reports that it has lost contact
 
 
 class LostContact(Exception):
@@ -246,8 +249,16 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:
     limit = datetime.timedelta(seconds=args.collective_timeout)
     on_gpu = device.type == "cuda"
     with _contact():
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        # After a restart, torchrun's store still has the addresses of the processes that are gone.
+        attempt = store.add(f"starts of rank {rank}", 1)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=limit, device_id=device if on_gpu else None
+            "nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore(f"start {attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=limit,
+            device_id=device if on_gpu else None,
         )
         control = dist.new_group(backend="gloo", timeout=limit) if on_gpu else dist.group.WORLD
     processes = replace(place, control=control)
@@ -286,8 +297,8 @@ def resume_after_restart(given: dict[str, Any], argv: Sequence[str] | None) -> S
 def run_script(main: Callable[[], int | None], lower: str = "the batch size") -> NoReturn:
     """Run a script as `console.run_script` does, in a process that torchrun may have started.
 
-    Only the main process prints results. A process that fails prints its reason; torchrun then stops the
-    others and reports the failure.
+    Only the main process prints results, warnings and a progress bar. Any process that fails prints the
+    reason; torchrun then stops the others and prints a report.
     """
     try:
         place = from_environment()
@@ -296,29 +307,36 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
         sys.exit(console.EXIT_USER_ERROR)
     if place.alone:
         console.run_script(main, lower)
+    errors = sys.stderr
     if not place.is_main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def report(message: str) -> None:
-        console.print_error(f"in process {place.rank} of {place.world_size}: {message}")
+        print(f"error: in process {place.rank} of {place.world_size}: {message}", file=errors, flush=True)
 
-    @record
-    def main_and_end() -> None:
+    @record  # writes an exception to the file that torchrun's report shows
+    def main_and_exit() -> None:
         try:
             console.run_script(main, lower, report)
         except LostContact as error:
+            # If another process on this host has failed, torchrun stops this one during the pause, and only
+            # the other's reason is printed.
+            time.sleep(PAUSE)
             report(
                 f"lost contact to another process ({error}). It was stopped, or it did not answer within "
                 "--collective-timeout. The run folder keeps its last.pt."
             )
+            sys.exit(1)
+        except Exception:
+            report(traceback.format_exc())
             raise
 
     status = 0
     try:
-        main_and_end()
+        main_and_exit()
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # reported by `record`
+        status = end.code
+    except Exception:
         status = 1
     if status == 0 and dist.is_initialized():
         dist.destroy_process_group()
