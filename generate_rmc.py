@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def choose_next(log_probabilities: torch.Tensor) -> torch.Tensor:
         return choose(log_probabilities, args.temperature, args.top_k, args.top_p, banned, generator)
 
-    with console.Interrupts() as interrupts, console.Progress(args.words, "writing", unit="word") as progress:
+    with console.Interrupts() as interrupts, console.Progress(args.words, "writing") as progress:
 
         def tick(done: int) -> bool:
             progress.advance()

@@ -164,19 +164,15 @@ class Progress:
         total: number of steps.
         label: text before the bar and before every line.
         done: steps already taken, in a resumed run.
-        unit: name of a step.
         quiet: show the bar only, no lines.
     """
 
-    def __init__(
-        self, total: int, label: str, done: int = 0, unit: str = "batch", quiet: bool = False
-    ) -> None:
+    def __init__(self, total: int, label: str, done: int = 0, quiet: bool = False) -> None:
         self.total, self.done, self.label, self.quiet = total, done, label, quiet
         self.bar = tqdm(
             total=total,
             initial=done,
             desc=label,
-            unit=unit,
             dynamic_ncols=True,
             leave=False,
             disable=not sys.stderr.isatty(),

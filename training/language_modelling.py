@@ -262,9 +262,11 @@ class LanguageModelling(Task):
             "forward_ms_per_batch": forward,
             "tokens_per_second": trainer.timed_count / elapsed,
         }
-        short = f"loss {loss:.4f}, ppl {perplexity(loss):.2f}, {fields['tokens_per_second']:,.0f} tokens/s"
+        speed = f"{fields['tokens_per_second']:,.0f} tokens/s"
+        short = f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, {speed}"
         ms = f"{fields['ms_per_batch']:.1f} ms/batch{'' if forward is None else f', forward {forward:.1f}'}"
-        return fields, short, f"{short.replace(', ', ' | ')} | {ms} | lr {trainer.lr.current:g}"
+        line = f"loss {loss:.4f} | ppl {perplexity(loss):.2f} | {speed} | {ms} | lr {trainer.lr.current:g}"
+        return fields, short, line
 
     def end_span(self, trainer: Trainer) -> None:
         """End an epoch: validation loss, learning rate, best.pt."""
