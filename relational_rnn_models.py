@@ -58,7 +58,7 @@ class RelationalMemoryLM(LanguageModel):
                 "dropout_candidate needs gates: without them the candidate is the memory, and what is "
                 "dropped would be lost at every step. Give a gate_style, or drop elsewhere."
             )
-        check_size("embedding_size", embedding_size)    # here, as the core would call it input_size
+        check_size("embedding_size", embedding_size)  # here, as the core would call it input_size
         core = RelationalMemory(
             mem_slots,
             head_size,
@@ -73,8 +73,16 @@ class RelationalMemoryLM(LanguageModel):
             return_all_outputs=True,
         )
         super().__init__(
-            vocab_size, embedding_size, core.output_size, dropout_input, dropout_output, cutoffs, tied,
-            locked_dropout=locked_dropout, dropout_words=dropout_words, dropout_weights=dropout_weights,
+            vocab_size,
+            embedding_size,
+            core.output_size,
+            dropout_input,
+            dropout_output,
+            cutoffs,
+            tied,
+            locked_dropout=locked_dropout,
+            dropout_words=dropout_words,
+            dropout_weights=dropout_weights,
         )
         self.core = core
         self.dropout_candidate = dropout_candidate
