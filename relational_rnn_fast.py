@@ -56,7 +56,7 @@ class FastRelationalMemory(RelationalMemory):
         if autocast and memory.dtype == torch.float32:
             lower = torch.get_autocast_dtype(device)
         # Only products with weights are lowered: memory, norms, attention and gates keep their precision.
-        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        with _without_autocast(device):
             weights = self._recurrent_weights()
             inputs = inputs.to(memory.dtype).transpose(0, 1).contiguous()  # (T, B, M, input_size)
             hoisted = self._hoist(inputs, weights, lower)
@@ -82,6 +82,8 @@ class FastRelationalMemory(RelationalMemory):
         """Whether the hand-written pass can serve this call. If not, warn, unless torch is tracing."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or inputs.size(0) == 0:
             return False
+        if inputs.size(1) == 1 and not torch.is_grad_enabled():
+            return False  # with one step there is nothing to hoist, and the loop has less to prepare
         reason = self._obstacle()
         if reason is not None and not FastRelationalMemory._warned:
             FastRelationalMemory._warned = True
@@ -220,7 +222,7 @@ class _Scan(torch.autograd.Function):
             )
         resets, mask, memory, reset_memory, memories, *rest = ctx.saved_tensors
         window, kept = _Window(ctx.core, rest[: ctx.count]), rest[ctx.count :]
-        with torch.autocast(memory.device.type, enabled=False):
+        with _without_autocast(memory.device.type):
             gradients = window.backward(
                 resets, mask, memory, reset_memory, memories, kept, grad_memories, grad_last
             )
@@ -532,6 +534,11 @@ def _attend_backward(heads, query, key, value, weights, grad_update, to_given):
     if to_given is not None:
         torch.cat([x[:, rows:] for x in grads], dim=-1, out=to_given)
     return torch.cat([x[:, :rows] for x in grads], dim=-1)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -332,8 +332,8 @@ class RelationalMemory(nn.Module):
         """Return the memory before the first step: the identity, cut or padded with zeros to D columns.
 
         Returns:
-            (batch_size, N, D), on the parameters' device and of their dtype. The rows differ, and therefore the
-            slots can learn different roles. All sequences start alike.
+            (batch_size, N, D), on the parameters' device and of their dtype. The rows differ, so the slots
+            can learn different roles. All sequences start alike.
         """
         like = self._like()
         identity = torch.eye(self.mem_slots, self.mem_size, dtype=like.dtype, device=like.device)

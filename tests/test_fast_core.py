@@ -104,7 +104,7 @@ def test_results_and_every_gradient_equal_those_of_the_plain_class(options, monk
     plain, fast = make_pair(head_size=5, num_heads=3, forget_bias=0.7, input_bias=-0.2, **options)
     mask = randn(B, *plain.state_size, seed=5) if masked else None
     assert_equal(results(fast, mask=mask, **call), results(plain, mask=mask, **call))
-    assert len(scans) == 2
+    assert len(scans) == (2 if call["steps"] > 1 else 1)
 
 
 @pytest.mark.parametrize("gate_style", ["unit", "memory"])
