@@ -283,7 +283,7 @@ def test_many_processes_equal_one(groups, folder, case, world_size):
     a, b = (checkpoints.load_checkpoint(path / "last.pt") for path in (single, own))
     torch.testing.assert_close(b["state"], a["state"], rtol=0, atol=1e-7)
     assert b["position"]["best_score"] == pytest.approx(a["position"]["best_score"], rel=1e-8)
-    assert checkpoints.load_checkpoint(own / "best.pt")["scores"]["epoch"] == a["position"]["best_epoch"]
+    assert checkpoints.load_checkpoint(own / "best.pt")["scores"]["step"] == a["position"]["best_step"]
 
 
 @many
