@@ -1,0 +1,58 @@
+"""The Python examples of the pages run, their links lead to files, and the flags that they name exist."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = ("train_rmc", "train_rnn", "train_nth_farthest", "generate_rmc")
+
+
+def examples():
+    """Return the Python blocks of all pages, below empty lines, so tracebacks show the page's lines."""
+    blocks = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            lines = text.count("\n", 0, block.start(1))
+            blocks.append(pytest.param(page, "\n" * lines + block[1], id=f"{page.name}:{lines + 1}"))
+    return blocks
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("page, code", examples())
+def test_example_runs(page, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "onnxruntime" in code:
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(package)
+    if "matplotlib" in code:
+        monkeypatch.setenv("MPLBACKEND", "Agg")
+        pytest.importorskip("matplotlib")
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    if "class Policy" in code:  # it learns
+        assert int(re.search(r"games won: (\d+)%", capsys.readouterr().out)[1]) > 90
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"|^\[\w+\]: (\S+)$", text, re.MULTILINE)
+    for link in map("".join, links):
+        if not link.startswith("http"):
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_that_the_pages_name_exist(script):
+    parser = importlib.import_module(script).build_parser()
+    named = set()
+    for page in PAGES:
+        if page.name != "migrating.md":  # it names flags of the old port
+            text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+            for command in re.findall(rf"\b{script}\.py([^`|#\n]*)", text):
+                named |= set(re.findall(r"(?<!\S)--[a-z][\w-]*", command))
+    assert named and {flag.replace("_", "-") for flag in named} <= parser._option_string_actions.keys()
