@@ -614,7 +614,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return report_peak(args.peak_of)
     if args.cuda and args.clock == "cpu":
         parser.error("--clock cpu cannot time a GPU: use --clock wall")
-    device = devices.choose_device(args.cuda, args.threads)
+    device = devices.choose_device(args.cuda)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     devices.keep_freed_memory()
     bench = Bench(args, device)
     console.say(bench.header(args.clock))

@@ -155,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="CPU threads; 0 = torch's choice")  # fmt: skip
     args = parser.parse_args(argv)
     path = find_checkpoint(args.model)
-    device = devices.choose_device(args.cuda, args.threads)
+    device = devices.choose_device(args.cuda)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     checkpoint = checkpoints.load_checkpoint(path)
     model, vocabulary = load_model(checkpoint, device)
     saved = checkpoint.get("args") or {}
