@@ -1,9 +1,9 @@
 """Train a relational memory core, or an LSTM, on the paper's task "Nth farthest" (arXiv:1806.01822).
 
-A sequence shows labelled vectors and asks which one is the n-th farthest from the vector labelled m. The
-defaults are the paper's settings: 8 vectors of 16 dimensions, Adam at 1e-4, batch 1600. Chance is 1/8. A
-model that has learned only that the nearest vector is m itself scores 2/8, and stays there for long. The
-paper's core ends at 91 %.
+The inputs are labelled vectors, one per step. The answer is the label of the n-th farthest from the vector
+labelled m. The defaults are the paper's settings: 8 vectors of 16 dimensions, Adam at 1e-4, batch 1600.
+Chance is 1/8. A model that knows only that the nearest vector is m itself scores 2/8; training stays there
+for long. The paper's core ends at 91 %.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ class Stage:
 class NthFarthest(trainer.Task):
     """Training on fresh examples of the task.
 
-    All processes draw the whole batch, hence the same one, and each takes its own examples, so that N
-    processes train on what one process would.
+    All processes draw the same whole batch and each takes its own examples, so that N processes train on what
+    one process would.
 
     Args:
         model: on `device`.

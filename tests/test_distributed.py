@@ -168,6 +168,7 @@ def key_value_store():
 
 def start_groups(folder, ports):
     torch.set_num_threads(1)
+    language_trainer(folder, ALONE, "rmc")  # imports what a trainer needs, once for all processes
     fork = multiprocessing.get_context("fork")
     members = []
     for world_size, port in zip((2, 3), map(int, ports), strict=True):

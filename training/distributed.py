@@ -43,7 +43,7 @@ class LostContact(Exception):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together.
+    """The place of this process among those that train together.
 
     Attributes:
         rank: from 0 to world_size - 1; 0 is the main process.
@@ -78,7 +78,7 @@ class Processes:
         return {"processes": self.world_size, "launcher": self.launcher}
 
     def share(self, count: int) -> slice:
-        """Return this process's part of `count` items: neighbours, in the order of the ranks.
+        """Return this process's part of `count` items: consecutive items, in the order of the ranks.
 
         Parts differ by at most one item. With fewer items than processes, some parts are empty.
         """
@@ -100,17 +100,17 @@ class Processes:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def agree(self, interrupts: console.Interrupts, *wishes: bool) -> list[bool]:
-        """Return whether any process was asked to stop, then the main process's wishes.
+    def agree(self, interrupts: console.Interrupts, *requests: bool) -> list[bool]:
+        """Return whether any process has received a stop signal, then the main process's requests.
 
-        All processes must call it, between steps, and get the same answer, so that they save and stop at the
-        same step. `interrupts.requested` is then the same in all of them.
+        All processes must call this between steps. All get the same answer, so they save and stop at the same
+        step. `interrupts.requested` is then the same in all of them.
         """
-        asked = signal.Signals[interrupts.requested].value if interrupts.requested else 0
-        asked, *wishes = self.largest(asked, *(wish and self.is_main for wish in wishes))
-        if asked and not interrupts.requested:
-            interrupts.requested = signal.Signals(asked).name
-        return [bool(asked), *map(bool, wishes)]
+        number = signal.Signals[interrupts.requested].value if interrupts.requested else 0
+        number, *requests = self.largest(number, *(request and self.is_main for request in requests))
+        if number and not interrupts.requested:
+            interrupts.requested = signal.Signals(number).name
+        return [bool(number), *map(bool, requests)]
 
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Call a function in the main process and return its result in all of them."""
@@ -195,7 +195,7 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def _contact() -> Iterator[None]:
-    """Convert torch.distributed's error about a process that is gone or silent into LostContact."""
+    """Convert torch.distributed's error about a process that has ended or is silent into LostContact."""
     try:
         yield
     except RuntimeError as error:
@@ -218,7 +218,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
     Raises:
         UserError: only some of the variables are set.
     """
-    # Clusters set MASTER_ADDR and MASTER_PORT in any case: only the other three mean torchrun.
+    # Some clusters set MASTER_ADDR and MASTER_PORT for every job: only the other three indicate torchrun.
     if not any(environment.get(name) for name in VARIABLES[:3]):
         return ALONE
     missing = [name for name in VARIABLES if not environment.get(name)]
@@ -250,7 +250,8 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:
     on_gpu = device.type == "cuda"
     with _contact():
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        # After a restart, torchrun's store still has the addresses of the processes that are gone.
+        # After a restart, torchrun's store still has the addresses of processes that have ended. Hosts may
+        # count restarts differently, so each rank counts its own starts.
         attempt = store.add(f"starts of rank {rank}", 1)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -341,7 +342,7 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
     if status == 0 and dist.is_initialized():
         dist.destroy_process_group()
     sys.stdout.flush()
-    # Without the usual clean-up: a group that has lost a member may wait for it there forever.
+    # Skip the usual clean-up, in which a group that has lost a member may wait forever.
     os._exit(status)
 
 
