@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from training.console import UserError, first_line, is_out_of_memory, warn
+from training.devices import without_memory
 from training.files import atomic_write
 from training.runs import VERSION, read_log
 
@@ -178,7 +179,7 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
             if isinstance(value, int) and ("layers" in name or "blocks" in name) and value > len(weights):
                 raise ValueError(f"{name} is {value}, but there are {len(weights)} weights")
         # First without memory: the config may describe a larger model than the file contains.
-        with torch.device("meta"):
+        with without_memory():
             expected = {name: value.shape for name, value in kinds[kind](**config).state_dict().items()}
         for name in sorted(expected.keys() | weights.keys()):
             found = weights[name].shape if name in weights else None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import os
 import platform
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from training.console import UserError, first_line
 
@@ -119,6 +121,22 @@ def keep_freed_memory() -> bool:
     return all(mallopt(parameter, value) for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
 
 
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Build models on the meta device in the block, which gives them shapes and neither memory nor values."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Omits torch.nn.init, whose functions take seconds to import what they need on the meta device."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> None:
     """Check that a model can be trained in the device's memory, without allocating it.
 
@@ -132,7 +150,7 @@ def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> No
         UserError: weights, gradients and Adam's two moments exceed the memory.
     """
     try:
-        with torch.device("meta"):
+        with without_memory():
             needed = 4 * sum(weight.numel() * weight.element_size() for weight in build().parameters())
     except (RuntimeError, OverflowError) as error:  # products of sizes beyond 64 bits
         raise UserError(
