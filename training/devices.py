@@ -63,7 +63,7 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
 
 
 # A second thread does not make a training step of fewer multiplications faster.
-MULTIPLICATIONS_WORTH_A_THREAD = 2e9
+MULTIPLICATIONS_WORTH_A_THREAD = 5e8
 
 
 def choose_threads(requested: int, multiplications: float, device: torch.device, share: int = 1) -> int:
