@@ -55,13 +55,18 @@ def read_json(path: str | Path) -> Any:
 
 def _encode_json(record: dict[str, Any], indent: int | None = None) -> bytes:
     """Return a record as JSON in UTF-8, with null for numbers that are not finite."""
-    record = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-    text = json.dumps(record, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_only_finite(record), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     # File names that are not UTF-8 contain surrogates, which are valid JSON when escaped like this.
     return text.encode("utf-8", errors="backslashreplace")
+
+
+def _only_finite(value: Any) -> Any:
+    """Return plain data with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _only_finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_only_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- run folders
