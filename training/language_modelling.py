@@ -405,9 +405,8 @@ def script(
             f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
             f"tokens (train / valid / test), {words:,} words"
         )
-        cutoffs = choose_softmax(args, words)
-        make = functools.partial(build_model, args, words, cutoffs)
         try:
+            make = functools.partial(build_model, args, words, choose_softmax(args, words))
             devices.check_model_fits(make, device)
             model = make().to(device)
         except ValueError as error:
