@@ -75,7 +75,7 @@ def evaluate(
     try:
         total = torch.zeros((), dtype=torch.float64, device=device)  # read once: reading makes a GPU wait
         state = model.initial_state(mine.stop - mine.start)
-        with Progress(-(-columns.length // bptt), label, quiet=True) as progress:
+        with Progress(-(-columns.length // bptt), label) as progress:
             for tokens, targets in columns.windows(bptt):
                 if len(state):  # with more processes than columns, some have none
                     nats, state = model(tokens[mine], targets[mine], state)
@@ -99,7 +99,7 @@ def load_model(
     """Rebuild the model of a checkpoint (best.pt or last.pt, of either script), in eval mode.
 
     Raises:
-        UserError: the checkpoint is not a language model's, or its parts do not fit together.
+        UserError: the checkpoint is not a language model's, or its parts do not match.
     """
     model = checkpoints.rebuild_model(checkpoint, MODELS)
     try:

@@ -215,8 +215,8 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"--resume requires the folder of an earlier run, got {folder}, which is "
-            f"{'a file' if folder.exists() else 'missing'}."
+            f"{folder} is not the folder of an earlier run: it is "
+            f"{'a file' if folder.exists() else 'missing'}. Name a run folder."
         )
     path = folder / "args.json"
     try:
@@ -224,8 +224,8 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
         saved, started_by = dict(record["arguments"]), str(record["script"])
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is not a run folder: it has no args.json. --resume requires a folder that an earlier "
-            "run has created."
+            f"{folder} is not a run folder: it has no args.json. Name a folder that an earlier run "
+            "has created."
         ) from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}). Start a new run.") from None
