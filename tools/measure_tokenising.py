@@ -90,6 +90,7 @@ def measure(way: str, folder: Path) -> dict:
 
 
 def main() -> None:
+    """Measure each way in a new process and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Draw the curves of runs into a PNG, finished runs and runs in progress alike.
+"""Draw the curves of finished runs and of runs in progress into a PNG.
 
 Language models: perplexity in validation and training. Nth farthest: test accuracy and training loss, with
 lines for chance (1/K), for a model that only knows that the nearest vector is the reference itself (2/K) and,
