@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from training.console import UserError, run_script, say, warn
+from training.console import UserError, first_line, run_script, say, warn
 from training.files import atomic_write
 
 EOS = "<eos>"
@@ -106,7 +106,7 @@ class Corpus:
 
 
 def load_corpus(data: str, vocab_from: str = "all") -> Corpus:
-    """Load a corpus, from its cache if the texts have not changed since they were cached.
+    """Load a corpus from its cache, or from its texts if these have changed or have no cache.
 
     Args:
         data: a folder, or the name of one under data/. The WikiText corpora are downloaded if missing.
@@ -135,7 +135,7 @@ def load_corpus(data: str, vocab_from: str = "all") -> Corpus:
 def find_folder(data: str) -> Path:
     """Return the folder `data`, or else data/<name> beside this file; download a published corpus if needed.
 
-    Folders with none of the three texts are passed over.
+    A folder without any of the three texts is skipped.
     """
     parts = Path(data).parts  # ("data", "x") for ./data/x
     name = parts[-1] if len(parts) == 1 or (len(parts) == 2 and parts[0] == "data") else None
@@ -239,8 +239,8 @@ def read_text(path: Path, hash_bytes: Callable[[bytes], object] = len) -> Iterat
             cut = data.rfind(b"\n") + 1 or max(data.rfind(b" "), 0) if more else len(data)
             try:
                 text = data[:cut].decode("utf-8")
-            except UnicodeDecodeError as problem:
-                raise not_text(path, offset + problem.start) from None
+            except UnicodeDecodeError as error:
+                raise not_text(path, offset + error.start) from None
             if "\0" in text:
                 raise not_text(path, offset + data.index(b"\0"))
             if "\ufeff" in text:
@@ -302,8 +302,8 @@ def save_cache(corpus: Corpus, path: Path) -> None:
         for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
             if other != path:
                 other.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as problem:  # torch reports some failed writes as RuntimeError
-        reason = getattr(problem, "strerror", None) or str(problem).partition("\n")[0]
+    except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
         warn(f"no corpus cache in {path.parent} ({reason}): the texts will be tokenised again next time")
 
 
@@ -322,27 +322,23 @@ def load_cache(path: Path) -> Corpus | None:
         vocabulary = Vocabulary(contents["words"].split("\n"))
         texts = [contents[split] for split in SPLITS]
         for ids in texts:
-            if (
-                ids.numpy().dtype != smallest_dtype(len(vocabulary))
-                or ids.dim() != 1
-                or not ids.is_contiguous()
-            ):
+            dtype = smallest_dtype(len(vocabulary))
+            if ids.numpy().dtype != dtype or ids.dim() != 1 or not ids.is_contiguous():
                 raise ValueError("its ids have another type or shape")
             if not 0 <= ids.min() <= ids.max() < len(vocabulary):
                 raise ValueError("its ids do not fit its vocabulary")
         return Corpus(path.parent, vocabulary, *texts)
     except FileNotFoundError:
         return None
-    except Exception as problem:  # a foreign file can raise anything
-        reason = str(problem).partition("\n")[0] or type(problem).__name__
-        warn(f"the corpus cache {path} is damaged or foreign ({reason:.150}): building it again")
+    except Exception as error:  # a foreign file can raise anything
+        warn(f"the corpus cache {path} is damaged or foreign ({first_line(error)}): building it again")
         return None
 
 
 # ---- download
 
 USER_AGENT = "relational-rnn-pytorch (corpus download)"  # one host rejects Python's default
-TIMEOUT = 30.0  # seconds without data before a mirror is given up
+TIMEOUT = 30.0  # seconds without data before the next mirror is tried
 
 
 @dataclass(frozen=True)
@@ -350,8 +346,8 @@ class Published:
     """A corpus that can be downloaded.
 
     Attributes:
-        mirrors: addresses in the order of trying, of a folder with the three texts (ends in /) or of a zip
-            archive with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens.
+        mirrors: addresses, tried in order. Each is a folder with the three texts (ends in /) or a zip archive
+            with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens.
         digests: by file name, algorithm and hexadecimal value; "git" is git's name for a file's content.
     """
 
@@ -409,8 +405,8 @@ def fetch(name: str) -> Path:
             try:
                 fetch_from(mirror, published, work)
                 break
-            except Unusable as problem:
-                reasons.append(f"{host}: {problem}")
+            except Unusable as error:
+                reasons.append(f"{host}: {error}")
         else:
             archive = published.mirrors[-1].rsplit("/", 1)[-1]
             raise UserError(
@@ -423,8 +419,8 @@ def fetch(name: str) -> Path:
         except OSError:  # the target exists, without texts or just written by another run
             for split in SPLITS:
                 os.replace(work / f"{split}.txt", target / f"{split}.txt")
-    except OSError as problem:
-        raise UserError(f"cannot write the corpus into {target} ({problem.strerror}).") from None
+    except OSError as error:
+        raise UserError(f"cannot write the corpus into {target} ({error.strerror}).") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
@@ -446,10 +442,10 @@ def fetch_from(mirror: str, published: Published, work: Path) -> None:
                 with package.open(members[f"wiki.{split}.tokens"]) as member, open(path, "wb") as file:
                     shutil.copyfileobj(member, file, 1 << 20)
                 verify(path, published)
-    except KeyError as problem:
-        raise Unusable(f"{archive.name} has no {problem.args[0]}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as problem:
-        raise Unusable(f"{archive.name} cannot be unpacked ({problem})") from None
+    except KeyError as error:
+        raise Unusable(f"{archive.name} has no {error.args[0]}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise Unusable(f"{archive.name} cannot be unpacked ({error})") from None
     archive.unlink()
 
 
@@ -472,10 +468,10 @@ def receive(url: str, label: str) -> Iterator[bytes]:
                 while block := response.read(1 << 16):
                     yield block
                     progress.update(len(block))
-    except (OSError, http.client.HTTPException) as problem:
-        raise Unusable(f"{label}: {problem}") from None
-    except ValueError as problem:  # from a malformed proxy address: the addresses of this file are valid
-        raise Unusable(f"check the proxy in the environment: {problem}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Unusable(f"{label}: {error}") from None
+    except ValueError as error:  # from a malformed proxy address: the addresses of this file are valid
+        raise Unusable(f"check the proxy in the environment: {error}") from None
 
 
 def verify(path: Path, published: Published) -> None:
@@ -527,9 +523,8 @@ class TokenColumns:
             )
         self.ids = ids.to(device)
         self.batch_size = batch_size
-        self.shortest, self.num_longer = divmod(
-            self.num_pairs, batch_size
-        )  # the first columns are longer by 1
+        # The first num_longer columns are longer by 1.
+        self.shortest, self.num_longer = divmod(self.num_pairs, batch_size)
         self.length = self.shortest + (self.num_longer > 0)
         column = torch.arange(batch_size, device=device)
         self.starts = column * self.shortest + column.clamp(max=self.num_longer)  # (B,)

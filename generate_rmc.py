@@ -6,8 +6,10 @@ Example: python generate_rmc.py --words 200 --prompt "the history of"
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -216,14 +218,9 @@ def find_model(args: argparse.Namespace) -> Path:
     return run / "best.pt"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit status."""
-    args = build_parser().parse_args(argv)
-    if args.data is not None:
-        console.say("--data is ignored: the checkpoint holds the vocabulary")
+def write_texts(args: argparse.Namespace) -> tuple[list[str], int]:
+    """Return the texts that the arguments describe, and the exit status."""
     path = find_model(args)
-    if args.outf != "-":
-        files.check_writable(args.outf)
     device = devices.choose_device(args.cuda)
     model, vocabulary = language_modelling.load_model(checkpoints.load_checkpoint(path), device)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -249,18 +246,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         ids = generate(model, start, args.samples, args.words, choose_next, tick).tolist()
     texts = [to_text(vocabulary.decode(prompt + row)) for row in ids]
-    if args.detokenize:
-        texts = [join_punctuation(text) for text in texts]
+    return [join_punctuation(text) for text in texts] if args.detokenize else texts, interrupts.exit_status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    args = build_parser().parse_args(argv)
+    to_file = args.outf != "-"
+    if to_file:
+        files.check_writable(args.outf)
+    # With --outf -, standard output gets the text and nothing else.
+    with contextlib.nullcontext() if to_file else contextlib.redirect_stdout(sys.stderr):
+        if args.data is not None:
+            console.say("--data is ignored: the checkpoint holds the vocabulary")
+        texts, status = write_texts(args)
     if args.samples > 1:
         texts = [f"=== sample {number} ===\n{text}" for number, text in enumerate(texts, 1)]
     text = "\n\n".join(texts) + "\n"
-    if args.outf == "-":
-        print(text, end="")
-    else:
+    if to_file:
         files.atomic_write(args.outf, lambda file: file.write(text.encode("utf-8", errors="surrogatepass")))
         print(text[:SHOWN].rstrip() + (" ..." if len(text) > SHOWN else ""))
-        print(f"{len(ids[0]) * len(ids):,} words written to {args.outf}")
-    return interrupts.exit_status
+        print(f"written to {args.outf}")
+    else:
+        print(text, end="")
+    return status
 
 
 if __name__ == "__main__":

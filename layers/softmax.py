@@ -131,7 +131,10 @@ def choose_cutoffs(vocab_size: int) -> list[int]:
         ValueError: fewer than two words.
     """
     if vocab_size < 2:
-        raise ValueError(f"adaptive softmax needs at least 2 words, got {vocab_size}")
+        raise ValueError(
+            f"adaptive softmax requires a vocabulary of at least 2 words, got {vocab_size}. Use the full "
+            "softmax."
+        )
     shares = (0.03, 0.15, 0.6) if vocab_size >= 5000 else (0.25,)
     return [max(1, _two_digits(vocab_size * share)) for share in shares]
 

@@ -199,6 +199,7 @@ REFUSED = [
     ("train_rmc", "--adaptivesoftmax --cutoffs 20 10", ["increasing", r"got \[20, 10\]", "Try --cutoffs"]),
     ("train_rmc", "--adaptivesoftmax --cutoffs 10 10", ["increasing", r"got \[10, 10\]", "Try --cutoffs"]),
     ("train_rmc", "--adaptivesoftmax --cutoffs 5 22", ["vocabulary size 22", r"got \[5, 22\]"]),
+    ("train_rmc", "--adaptivesoftmax --data BLANK", ["at least 2 words, got 1"]),
     ("train_rnn", "--tied --adaptivesoftmax", ["--tied and --adaptivesoftmax cannot be comb", "Omit one"]),
     ("train_rnn", "--tied", ["--tied", "--nhid", "12", "14", "--project"]),
     ("train_rnn", "--dropout-candidate 0.2 --cudnn", ["requires an LSTM as a loop", "--no-cudnn"]),
@@ -223,8 +224,8 @@ REFUSED = [
     ("train_rmc", "--headsize 2147483647", ["sizes", "Lower"]),
     ("train_rnn", "--nhid 2000000", ["needs .* GB", "has .* GB", "Lower"]),
     ("train_rmc", "--data NONE", ["no folder", "none"]),
-    ("train_rmc", "--resume FILE", ["--resume requires the folder of an earlier run", "a file"]),
-    ("train_rmc", "--resume NONE", ["--resume requires the folder of an earlier run", "missing"]),
+    ("train_rmc", "--resume FILE", ["is not the folder of an earlier run", "is a file"]),
+    ("train_rmc", "--resume NONE", ["is not the folder of an earlier run", "missing"]),
     ("train_rmc", "--resume EMPTY", ["not a run folder: it has no args.json"]),
     ("train_rmc", "--resume OTHER", ["a run of train_rnn.py, this is train_rmc.py"]),
     ("train_rnn", "--resume RUN --emsize 13", ["--emsize cannot change", "12", "13", "Omit --emsize"]),
@@ -260,10 +261,13 @@ def test_flags_that_cannot_be_followed_are_refused(script, answer, monkeypatch, 
         "RUN": trained[script],
         "OTHER": trained["train_rnn"],
         "NTH": trained["train_nth_farthest"] / "best.pt",
-        **{name: tmp_path / name.lower() for name in ("FILE", "NONE", "EMPTY")},
+        **{name: tmp_path / name.lower() for name in ("FILE", "NONE", "EMPTY", "BLANK")},
     }
     places["FILE"].write_text("no checkpoint, no folder")
     places["EMPTY"].mkdir()
+    places["BLANK"].mkdir()
+    for split in ("train", "valid", "test"):
+        (places["BLANK"] / f"{split}.txt").write_text("\n" * 300)
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for name, line, patterns in REFUSED:
@@ -275,7 +279,7 @@ def test_flags_that_cannot_be_followed_are_refused(script, answer, monkeypatch, 
             argv = [*argv, "--data", trained["corpus"]]
         assert_refused(answer(script, *argv, *words), *patterns, case=line)
         assert os.listdir(tmp_path / "runs") == ["taken"] and os.listdir(places["EMPTY"]) == [], line
-        assert sorted(os.listdir(tmp_path)) == ["empty", "file", "runs"], line
+        assert sorted(os.listdir(tmp_path)) == ["blank", "empty", "file", "runs"], line
 
 
 @pytest.mark.parametrize("script", SMALL)

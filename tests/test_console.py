@@ -157,8 +157,6 @@ def test_progress_prints_lines_without_a_terminal(capsys):
         progress.report("loss 1.5")
         progress.advance()
         progress.report("loss 1.4", "loss 1.4 | 3 ms")
-    with console.Progress(9, "valid", quiet=True) as progress:
-        progress.report("nothing")
     lines = "epoch 1  10/120  loss 1.5\nepoch 1  11/120  loss 1.4 | 3 ms\n"
     assert capsys.readouterr() == (lines, "")
 

@@ -240,8 +240,11 @@ def test_default_is_the_best_model_of_the_newest_run(trained, tmp_path, monkeypa
 def test_dash_prints_the_text_and_writes_no_file(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--checkpoint", str(trained["rnn"] / "best.pt"), "--outf", "-", "--words", "5", "--data", "x"]
+    argv += ["--log-interval", "2"]
     assert generate_rmc.main(argv) == 0
-    assert "--data is ignored" in capsys.readouterr().out and os.listdir(tmp_path) == []
+    text, messages = capsys.readouterr()
+    assert "--data is ignored" in messages and "device: CPU" in messages and os.listdir(tmp_path) == []
+    assert len(text.replace("\n", " <eos> ").split()) == 6  # the words and the end of the last line
 
 
 def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):

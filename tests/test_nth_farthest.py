@@ -313,7 +313,7 @@ def test_finished_run_can_be_lengthened(tmp_path, capsys):
     _, parts = train(tmp_path, "--steps", 5, name="parts")
     capsys.readouterr()
     resume(parts)
-    assert "nothing to train: the run is finished. Raise --epochs or --steps" in capsys.readouterr().out
+    assert "nothing to train: the run is finished. To train longer, raise --epochs" in capsys.readouterr().out
     resume(parts, "--steps", "10")
     assert_same_weights(weights(parts), weights(whole))
 

@@ -51,7 +51,7 @@ def language_run(root, name, script, perplexities=(300.0, 200.0, 150.0), **argum
 def draw(draw, paths, against):
     """Return for each panel its curves with points, by colour and line style."""
     plt = plot_runs.import_pyplot()
-    figure = draw(plt, run_files.read_runs(paths, lambda run: None), against)
+    figure = draw(plt, run_files.read_runs(paths), against)
     panels = []
     for axis in figure.get_axes():
         lines = [line for line in axis.get_lines() if len(line.get_xdata()) and line.get_linestyle() != ":"]
@@ -117,7 +117,7 @@ def test_the_command_writes_a_png(tmp_path, capsys):
     plot_runs.main([str(tmp_path / "runs"), "--outf", str(out)])
     assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     said = capsys.readouterr()
-    assert "curves of 2 runs" in said.out and "young: nothing to plot yet" in said.err
+    assert "curves of 2 runs" in said.out and "young: its log has no results yet" in said.err
     plot_runs.main(
         [str(language_run(tmp_path, "lm", "train_rmc")), "--against", "tokens", "--outf", str(out)]
     )
@@ -128,7 +128,7 @@ def test_mistakes_are_answered(tmp_path, monkeypatch):
     good, words = nth_farthest_run(tmp_path, "good"), language_run(tmp_path, "lm", "train_rmc")
     other = make_run(tmp_path, "other", "train_something", [])
     for paths, out, against, message in [
-        ([other], "x.png", None, "train_something.py cannot be drawn"),
+        ([other], "x.png", None, "a run of train_something.py"),
         ([good, words], "x.png", None, "cannot share a plot"),
         ([good], "no/such/folder.png", None, "cannot write"),
         ([good], "x.png", ["epochs"], "no epochs or tokens"),

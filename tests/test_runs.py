@@ -265,10 +265,10 @@ def test_any_args_json_is_read_or_refused(change, whole, tmp_path):
 def test_log_has_one_object_per_line_and_no_nan(tmp_path):
     log = runs.RunLog(tmp_path / "log.jsonl")
     log.write("train", step=1, loss=math.nan, text="ü", folder="caf\udce9")
-    log.write("valid", step=1, loss=math.inf, ppl=2.5)
+    log.write("final", step=1, loss=math.inf, accuracy_by_n=[0.5, math.nan])
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines())
     assert first == {"event": "train", "step": 1, "loss": None, "text": "ü", "folder": "caf\udce9"}
-    assert second == {"event": "valid", "step": 1, "loss": None, "ppl": 2.5}
+    assert second == {"event": "final", "step": 1, "loss": None, "accuracy_by_n": [0.5, None]}
 
 
 def test_half_line_is_skipped(tmp_path):

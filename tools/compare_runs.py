@@ -36,16 +36,7 @@ TEST_EXAMPLES = 3200  # of the Nth-farthest test set
 @functools.cache
 def defaults(script: str) -> dict[str, Any]:
     """Return the default arguments of a training script."""
-    return vars(importlib.import_module(script).build_parser().parse_args([]))
-
-
-def why_unusable(run: Run) -> str | None:
-    """Return why a run has no row, or None."""
-    if run.script not in (*run_files.LANGUAGE_MODELS, run_files.NTH_FARTHEST):
-        return f"a run of {run.script}.py cannot be compared"
-    if not run.find(*(("train", "test_accuracy") if run.is_nth_farthest else ("valid", "epoch"))):
-        return "its log has no results yet"
-    return None
+    return importlib.import_module(script).build_parser().defaults()
 
 
 def group(found: Sequence[Run]) -> list[list[Run]]:
@@ -195,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables of the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="a path as above")
-    found = run_files.read_runs(parser.parse_args(argv).paths, why_unusable)
+    found = run_files.read_runs(parser.parse_args(argv).paths)
     for nth_farthest, columns in ((False, LANGUAGE_COLUMNS), (True, NTH_COLUMNS)):
         chosen = [run for run in found if run.is_nth_farthest == nth_farthest]
         if chosen:

@@ -24,7 +24,8 @@ def pack(folder: Path) -> str:
     run_files.read_run_folder(folder)  # refuses a damaged run
     record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     log = []
-    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    # Not splitlines, which would also split at characters such as U+2028 inside a line.
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError):  # half a line, left by a run that was killed
             log.append(json.loads(line))
     entry = {"name": folder.resolve().name, "args": record, "log": log}
@@ -32,13 +33,14 @@ def pack(folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Pack the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--outf", type=Path, required=True, metavar="JSONL", help="the study file to write")
     args = parser.parse_args(argv)
     text = "".join(pack(folder) for folder in args.folders)
     files.atomic_write(args.outf, lambda file: file.write(text.encode("utf-8")))
-    console.say(f"{len(args.folders)} runs packed into {args.outf}")
+    console.say(f"{len(args.folders)} run{'s' * (len(args.folders) > 1)} packed into {args.outf}")
 
 
 if __name__ == "__main__":

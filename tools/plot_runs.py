@@ -1,4 +1,4 @@
-"""Draw the curves of runs into a PNG, finished runs and runs in progress alike.
+"""Draw the curves of finished runs and of runs in progress into a PNG.
 
 Language models: perplexity in validation and training. Nth farthest: test accuracy and training loss, with
 lines for chance (1/K), for a model that only knows that the nearest vector is the reference itself (2/K) and,
@@ -52,15 +52,6 @@ def import_pyplot() -> Any:
             "Install it with: pip install -r requirements-extra.txt"
         ) from None
     return plt
-
-
-def why_unusable(run: Run) -> str | None:
-    """Return why a run cannot be drawn, or None."""
-    if run.script not in (*run_files.LANGUAGE_MODELS, run_files.NTH_FARTHEST):
-        return f"a run of {run.script}.py cannot be drawn"
-    if not run.find(*(("train", "step") if run.is_nth_farthest else ("valid", "epoch"))):
-        return "nothing to plot yet"
-    return None
 
 
 def name_lines(found: Sequence[Run]) -> dict[int, tuple[str, str]]:
@@ -175,7 +166,7 @@ def draw_runs(paths: Sequence[Path], path: Path, against: Sequence[str] | None =
             file that cannot be written.
     """
     plt = import_pyplot()
-    found = run_files.read_runs(paths, why_unusable)
+    found = run_files.read_runs(paths)
     nth_farthest = found[0].is_nth_farthest
     if any(run.is_nth_farthest != nth_farthest for run in found):
         raise UserError(

@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,22 @@ class Run:
         return json.dumps([self.script, arguments, copies], sort_keys=True)
 
 
-def read_runs(paths: Sequence[Path], unusable: Callable[[Run], str | None]) -> list[Run]:
+def why_unusable(run: Run) -> str | None:
+    """Return why a run can be neither compared nor drawn, or None."""
+    if run.script not in (*LANGUAGE_MODELS, NTH_FARTHEST):
+        return f"a run of {run.script}.py, which is not a training script of this project"
+    if not run.find(*(("train", "test_accuracy") if run.is_nth_farthest else ("valid", "epoch"))):
+        return "its log has no results yet"
+    return None
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read all runs of the given paths, each once, with names that differ.
+
+    An unusable run in a folder or study file is skipped with one line on standard error.
 
     Args:
         paths: run folders, folders with runs, study files and STUDY/NAME.
-        unusable: return why a run cannot be used, or None. Such a run, found in a folder or study file, is
-            skipped with one line on standard error.
 
     Raises:
         UserError: a path does not exist, a run folder given by name cannot be used, or no run is left.
@@ -99,7 +108,7 @@ def read_runs(paths: Sequence[Path], unusable: Callable[[Run], str | None]) -> l
         for source in inside(path) if path.is_dir() and not named else [path]:
             try:
                 for run in read_path(source):
-                    reason = unusable(run)
+                    reason = why_unusable(run)
                     if reason and named:
                         raise UserError(f"{run.path}: {reason}.")
                     if reason:

@@ -27,11 +27,10 @@ from pathlib import Path
 import _project  # noqa: F401
 import torch
 
-from data_utils import IGNORED, load_corpus
+from data_utils import IGNORED
 from layers.language_model import LanguageModel, perplexity
 from training import checkpoints, console, devices, files, flags
-from training.console import UserError
-from training.language_modelling import evaluate, find_checkpoint, load_model
+from training.language_modelling import evaluate, find_checkpoint, load_model, load_text
 
 WINDOW = 100  # words of a segment that are read at once
 TOKENS_AT_ONCE = 6400  # of all segments that are read side by side
@@ -155,18 +154,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="CPU threads; 0 = torch's choice")  # fmt: skip
     args = parser.parse_args(argv)
     path = find_checkpoint(args.model)
+    outf = args.outf or path.parent / "state_lengths.csv"
+    files.check_writable(outf)
     device = devices.choose_device(args.cuda)
     if args.threads:
         torch.set_num_threads(args.threads)
     checkpoint = checkpoints.load_checkpoint(path)
     model, vocabulary = load_model(checkpoint, device)
-    saved = checkpoint.get("args") or {}
-    corpus = load_corpus(args.data or saved.get("data", ""), saved.get("vocab_from", "all"))
-    if corpus.vocabulary.words != vocabulary.words:
-        raise UserError(
-            f"{path} and the corpus {corpus.folder} have different vocabularies ({len(vocabulary):,} and "
-            f"{len(corpus.vocabulary):,} words). Give the corpus that the model was trained on with --data."
-        )
+    corpus = load_text(path, checkpoint, vocabulary, args.data)
     found = {}
     for split in SPLITS:
         ids = getattr(corpus, split)
@@ -174,7 +169,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = state_lengths(model, ids, args.lengths, device)
         console.say(f"{split}:\n{table(rows, carried, args.eval_batch_size)}")
         found[split] = (rows, carried)
-    outf = args.outf or path.parent / "state_lengths.csv"
     write_csv(outf, found, args.eval_batch_size)
     console.say(f"written: {outf}")
 

@@ -48,7 +48,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
     Args:
         path: a file written by `save_checkpoint`.
-        device: where its tensors go, whatever device they were saved from.
+        device: device of its tensors, whatever device they were saved from.
 
     Raises:
         UserError: the file is missing, damaged, not a checkpoint of this project, or of another format.
@@ -138,7 +138,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _brief(value: Any) -> str:
-    """Return a value from a checkpoint for a message, in one line."""
+    """Return at most 80 characters of a value from a checkpoint, in one line."""
     return repr(value).splitlines()[0][:80]
 
 
@@ -165,13 +165,13 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
         kinds: the model classes by `kind`.
 
     Raises:
-        UserError: the checkpoint is of another kind, or its parts do not fit together.
+        UserError: the checkpoint is of another kind, or its parts do not match.
     """
     kind = checkpoint.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(
             f"the checkpoint holds a model of kind {_brief(kind)}, expected {' or '.join(map(repr, kinds))}. "
-            "Use a checkpoint of the right script."
+            "Choose a checkpoint of that kind."
         )
     try:
         config, weights = checkpoint["config"], checkpoint["model"]
@@ -193,8 +193,8 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"the checkpoint does not fit together ({type(error).__name__}: {first_line(error)}). It may "
-            "have been altered. Use another one."
+            f"the checkpoint is inconsistent ({type(error).__name__}: {first_line(error)}). It may have been "
+            "altered. Use another one."
         ) from None
     return model.eval()
 

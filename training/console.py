@@ -102,8 +102,8 @@ class LastingStream:
     """Standard output or error whose loss does not end the script.
 
     Writing fails after a terminal was closed, to a pipe without a reader or on a full disk. From the first
-    failure on, all output is discarded; log.jsonl has the numbers. Characters that the encoding does not have
-    are escaped.
+    failure on, all output is discarded; log.jsonl has the numbers. Characters that the encoding lacks are
+    escaped.
 
     Args:
         stream: the stream to write to; None, as Python sets it if the file was closed, discards everything.
@@ -164,11 +164,10 @@ class Progress:
         total: number of steps.
         label: text before the bar and before every line.
         done: steps already taken, in a resumed run.
-        quiet: show the bar only, no lines.
     """
 
-    def __init__(self, total: int, label: str, done: int = 0, quiet: bool = False) -> None:
-        self.total, self.done, self.label, self.quiet = total, done, label, quiet
+    def __init__(self, total: int, label: str, done: int = 0) -> None:
+        self.total, self.done, self.label = total, done, label
         self.bar = tqdm(
             total=total,
             initial=done,
@@ -194,7 +193,7 @@ class Progress:
         """Show the short text beside the bar; without a bar, print the line (default: the short text)."""
         if not self.bar.disable:
             self.bar.set_postfix_str(short)
-        elif not self.quiet:
+        else:
             count = f"{self.done:>{len(str(self.total))}}/{self.total}"
             print(f"{self.label} {count}  {line or short}", flush=True)
 
@@ -203,10 +202,10 @@ class Progress:
 
 
 class Interrupts:
-    """While open, stop signals set `requested`, to be read between steps, and do not end the process.
+    """A context in which stop signals set `requested` and do not end the process.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Except for SIGINT, a signal that was ignored before
-    stays ignored, as SIGHUP does under nohup.
+    Read `requested` between steps. A second Ctrl-C raises KeyboardInterrupt at once. Except for SIGINT, a
+    signal that was ignored before stays ignored, as SIGHUP does under nohup.
 
     Attributes:
         requested: name of the last signal, or None.

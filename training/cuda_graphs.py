@@ -20,7 +20,7 @@ WARMUP_CALLS = 3
 
 
 class CapturedStep:
-    """A function of tensors that is captured once and then replayed on a GPU, and called as it is elsewhere.
+    """A function of tensors. On a GPU it is captured once and then replayed; elsewhere it is called directly.
 
     Every call does the function's work exactly once, the eager calls before the capture included, so that
     weights, optimiser and random generators end up the same with and without graphs.

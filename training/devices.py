@@ -62,7 +62,7 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
     return torch.device("cuda", 0)
 
 
-# A second thread does not make a training step of fewer multiplications faster.
+# With fewer multiplications, a second thread does not make a training step faster.
 MULTIPLICATIONS_WORTH_A_THREAD = 5e8
 
 
@@ -165,7 +165,7 @@ def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> No
     if needed > present:
         raise UserError(
             f"a model of these sizes needs {needed / 1e9:,.1f} GB for weights, gradients and optimiser, but "
-            f"{device.type} memory has {present / 1e9:,.1f} GB in all. Lower the sizes."
+            f"the {device.type} has {present / 1e9:,.1f} GB in all. Lower the sizes."
         )
 
 

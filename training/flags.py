@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         return name.replace("_", "-") + equals + value if known else word
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError in place of printing the usage."""
+        """Raise UserError instead of printing the usage."""
         raise UserError(f"{message}. See {self.prog} --help.")
 
     def defaults(self) -> dict[str, Any]:
@@ -152,12 +152,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     option(run, "--name", None, None, None, "name of the run's folder (default: script, date and time)")
     option(run, "--runs-folder", None, "runs", "FOLDER", "folder in which run folders are created")
     option(run, "--save-every", non_negative_float, 10.0, "MINUTES",
-           "save last.pt this often, besides after each epoch and at the end; 0 = only then")
+           "interval between saves of last.pt, in addition to those after each epoch and at the end; "
+           "0 = only those")
     option(run, "--resume", None, None, "RUN_FOLDER",
            "continue an earlier run from its last.pt, with its arguments")
     switch(run, "--bf16",
            "train with matrix products in bfloat16; softmax, norms, memory and evaluation stay in float32, "
-           "and so do torch's fused recurrent layers where they do not support it")
+           "and so do torch's fused recurrent layers on a GPU, or on a CPU without a bfloat16 LSTM")
     switch(run, "--strict-float32",
            "no TF32 in matrix products on a GPU (TF32 is faster and rounds to 10 bits)")
     switch(run, "--no-cuda-graph",
@@ -167,7 +168,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
            "divide a process's share of the batch into pieces and add up their gradients: the same step in "
            "less memory")
     option(parts, "--collective-timeout", positive_float, 600.0, "SECONDS",
-           "how long a process waits for the others; longer than the first reading of a corpus takes")
+           "how long a process waits for the others; must exceed the time to read a corpus without its cache")
     # fmt: on
 
 
@@ -221,7 +222,9 @@ def parse(
     recipes: Mapping[str, Mapping[str, Any]],
     may_change: frozenset[str],
 ) -> argparse.Namespace:
-    """Return a script's arguments: defaults, below a recipe or the run to resume, below the command line.
+    """Return a script's arguments: its defaults, then a recipe or the run to resume, then the command line.
+
+    Each of these overrides those before it.
 
     Args:
         parser: has the flags of `add_run_flags`.
@@ -276,7 +279,7 @@ def _saved_values(parser: Parser, script: str, folder: Path) -> dict[str, Any]:
 
 
 def warn_of_ignored(parser: Parser, given: Mapping[str, Any], used: frozenset[str]) -> None:
-    """Warn of flags that --evaluate does not use."""
+    """Warn about flags that --evaluate does not use."""
     ignored = [parser.flag(name) for name in given if name not in used | {"evaluate"}]
     if ignored:
         warn(f"--evaluate ignores {', '.join(ignored)}: the model's own arguments apply")

@@ -27,15 +27,15 @@ def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
            choices=("all", "train"))
     softmax = parser.add_argument_group("softmax")
     switch(softmax, "--adaptivesoftmax",
-           "adaptive softmax: much less work and memory for a large vocabulary, slightly worse")
+           "adaptive softmax: much less work and memory for a large vocabulary, slightly higher perplexity")
     option(softmax, "--cutoffs", flags.positive_int, None, "WORDS",
            "vocabulary sizes at which adaptive softmax starts a new cluster, increasing (default: chosen to "
            "fit the vocabulary)", nargs="+")
     training = parser.add_argument_group("training")
     option(training, "--lr", flags.positive_float, 0.001, "X", "highest learning rate of Adam")
     option(training, "--embedding-lr", flags.positive_float, None, "X",
-           "learning rate of the embedding's matrix (and of the softmax, if tied), in constant ratio to --lr "
-           "(default: --lr)")
+           "highest learning rate of the embedding's matrix, and of the softmax if tied; it follows the same "
+           "schedule (default: --lr)")
     option(training, "--schedule", None, "plateau", None,
            f"plateau: halve the learning rate after more than {PATIENCE} epochs without a better validation "
            "loss; cosine: lower it step by step, to 0 at the end of the last epoch",
@@ -54,9 +54,9 @@ def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
            "temporal activation regularisation (same paper): the same for differences between successive "
            "outputs of the recurrent part")
     option(training, "--average", None, "none", None,
-           "average the weights too, and evaluate and save the average where it is better. ema: exponential "
-           "moving average; nt-asgd: plain mean from when validation stalls (arXiv:1708.02182, here of "
-           "Adam's steps)", choices=("none", "ema", "nt-asgd"))
+           "also average the weights; evaluate the average too, and save it if it is better. ema: "
+           "exponential moving average; nt-asgd: plain mean from when validation stalls (arXiv:1708.02182, "
+           "here of Adam's steps)", choices=("none", "ema", "nt-asgd"))
     option(training, "--average-decay", flags.fraction, 0.999, "X",
            "ema: share of the average that a step keeps")
     option(training, "--average-trigger", flags.positive_int, 5, "EPOCHS",
@@ -147,7 +147,7 @@ TINY = {
     "batch_size": 32,
     "bptt": 32,
     "epochs": 11,
-    # With 32 columns so short a split would lose too much context.
+    # The splits are short: 32 columns would lose too much context.
     "eval_batch_size": 4,
 }
 

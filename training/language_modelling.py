@@ -75,7 +75,7 @@ def evaluate(
     try:
         total = torch.zeros((), dtype=torch.float64, device=device)  # read once: reading makes a GPU wait
         state = model.initial_state(mine.stop - mine.start)
-        with Progress(-(-columns.length // bptt), label, quiet=True) as progress:
+        with Progress(-(-columns.length // bptt), label) as progress:
             for tokens, targets in columns.windows(bptt):
                 if len(state):  # with more processes than columns, some have none
                     nats, state = model(tokens[mine], targets[mine], state)
@@ -99,7 +99,7 @@ def load_model(
     """Rebuild the model of a checkpoint (best.pt or last.pt, of either script), in eval mode.
 
     Raises:
-        UserError: the checkpoint is not a language model's, or its parts do not fit together.
+        UserError: the checkpoint is not a language model's, or its parts do not match.
     """
     model = checkpoints.rebuild_model(checkpoint, MODELS)
     try:
@@ -405,9 +405,8 @@ def script(
             f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
             f"tokens (train / valid / test), {words:,} words"
         )
-        cutoffs = choose_softmax(args, words)
-        make = functools.partial(build_model, args, words, cutoffs)
         try:
+            make = functools.partial(build_model, args, words, choose_softmax(args, words))
             devices.check_model_fits(make, device)
             model = make().to(device)
         except ValueError as error:
@@ -443,30 +442,38 @@ def optimizer_of(
     return functools.partial(adam, groups), factors
 
 
-def score(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
-    """Score a checkpoint on valid and test: the --evaluate of both scripts, for the models of either one.
-
-    Text and columns are those of its run, unless the command line names others.
-    """
-    flags.warn_of_ignored(parser, given, USED_BY_EVALUATE)
-    path = find_checkpoint(args.evaluate)
-    device, processes = distributed.start(args)
-    checkpoint = checkpoints.load_checkpoint(path)
-    model, vocabulary = load_model(checkpoint, device)
+def saved_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a checkpoint's run; empty if it has none."""
     saved = checkpoint.get("args")
-    saved = saved if isinstance(saved, dict) else {}
-    data, vocab_from = args.data, saved.get("vocab_from")
-    if "data" not in given:
-        # Reading a corpus writes a cache into its folder: a foreign file must not choose the folder.
-        home = str(saved.get("runs_folder"))
-        if path.resolve().parent.parent != Path(home).resolve():
-            raise UserError(
-                f"{path} does not lie in a run folder in {home!r}, which it names as its folder of runs, so "
-                "its --data is not used. Name the folder of the text with --data."
-            )
-        data = str(saved.get("data"))
-    with processes.one_per_host_first(), text_may_have_moved("data" not in given):
-        corpus = load_corpus(data, vocab_from if vocab_from in ("all", "train") else args.vocab_from)
+    return saved if isinstance(saved, dict) else {}
+
+
+def load_text(
+    path: Path, checkpoint: Mapping[str, Any], vocabulary: Vocabulary, data: str | None = None
+) -> Corpus:
+    """Load the corpus to score a checkpoint on.
+
+    Args:
+        path: the checkpoint's.
+        checkpoint: its contents.
+        vocabulary: the model's; the corpus must have the same one.
+        data: folder of the corpus; None for that of the checkpoint's run.
+
+    Raises:
+        UserError: the corpus cannot be loaded or has another vocabulary; or `data` is None and the checkpoint
+            is not in the folder of runs that it names.
+    """
+    saved = saved_arguments(checkpoint)
+    vocab_from = "train" if saved.get("vocab_from") == "train" else "all"
+    folder = str(saved.get("data")) if data is None else data
+    # Reading a corpus writes a cache into its folder: a foreign file must not choose the folder.
+    if data is None and path.resolve().parent.parent != Path(str(saved.get("runs_folder"))).resolve():
+        raise UserError(
+            f"{path} is not in a run folder in {saved.get('runs_folder')!r}, where its run was created. Name "
+            "the folder of the text with --data."
+        )
+    with text_may_have_moved(data is None):
+        corpus = load_corpus(folder, vocab_from)
     if corpus.vocabulary.words != vocabulary.words:
         advice = (
             "Its run has --vocab-from train: keep its train.txt, and change only valid.txt and test.txt."
@@ -478,7 +485,22 @@ def score(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, An
             f"{path} has a vocabulary of {len(vocabulary):,} words, and {corpus.folder} has another one of "
             f"{len(corpus.vocabulary):,}. {advice}"
         )
-    columns = saved.get("eval_batch_size")
+    return corpus
+
+
+def score(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
+    """Score a checkpoint on valid and test: the --evaluate of both scripts, for the models of either one.
+
+    Text and columns are those of its run, unless the command line names others.
+    """
+    flags.warn_of_ignored(parser, given, USED_BY_EVALUATE)
+    path = find_checkpoint(args.evaluate)
+    device, processes = distributed.start(args)
+    checkpoint = checkpoints.load_checkpoint(path)
+    model, vocabulary = load_model(checkpoint, device)
+    with processes.one_per_host_first():
+        corpus = load_text(path, checkpoint, vocabulary, given.get("data"))
+    columns = saved_arguments(checkpoint).get("eval_batch_size")
     if "eval_batch_size" in given or not isinstance(columns, int) or columns < 1:
         columns = args.eval_batch_size
     choose_threads(args.threads, model, columns * args.bptt, device)

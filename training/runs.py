@@ -55,13 +55,18 @@ def read_json(path: str | Path) -> Any:
 
 def _encode_json(record: dict[str, Any], indent: int | None = None) -> bytes:
     """Return a record as JSON in UTF-8, with null for numbers that are not finite."""
-    record = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-    text = json.dumps(record, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_only_finite(record), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     # File names that are not UTF-8 contain surrogates, which are valid JSON when escaped like this.
     return text.encode("utf-8", errors="backslashreplace")
+
+
+def _only_finite(value: Any) -> Any:
+    """Return plain data with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _only_finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_only_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- run folders
@@ -210,8 +215,8 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"--resume requires the folder of an earlier run, got {folder}, which is "
-            f"{'a file' if folder.exists() else 'missing'}."
+            f"{folder} is not the folder of an earlier run: it is "
+            f"{'a file' if folder.exists() else 'missing'}. Name a run folder."
         )
     path = folder / "args.json"
     try:
@@ -219,8 +224,8 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
         saved, started_by = dict(record["arguments"]), str(record["script"])
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is not a run folder: it has no args.json. --resume requires a folder that an earlier "
-            "run has created."
+            f"{folder} is not a run folder: it has no args.json. Name a folder that an earlier run "
+            "has created."
         ) from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}). Start a new run.") from None

@@ -29,7 +29,7 @@ from training.schedule import LearningRate
 
 @dataclass
 class Position:
-    """Where a run stands, besides weights and random generators."""
+    """The progress of a run, without weights and random generators."""
 
     best_score: float  # of best.pt, in the task's units
     best_step: int = 0  # 0: no best.pt yet
@@ -183,9 +183,9 @@ class Trainer:
         # Sums since the last report, the last one of gradient norms. They stay on the device: reading them
         # makes the host wait for the GPU.
         self.sums = torch.zeros(len(task.sums) + 1, dtype=torch.float64, device=device)
-        # The parts of a step: between several processes' two parts, gradients are exchanged, without a graph.
+        # The parts of a step. Processes exchange gradients between the two, outside the CUDA graphs.
         self.parts = [self.whole_step] if alone else [self.add_gradients, self.update]
-        # Replicas need threads, which a capture cannot have.
+        # Replicas run in threads, which cannot be captured.
         capture = task.can_be_captured and not args.no_cuda_graph and self.replicas is self.model
         self.captured_parts = capture_together(
             self.parts, self.not_captured, device=device, enabled=capture, beside_threads=not alone
@@ -339,7 +339,7 @@ class Trainer:
         )
 
     def start_interval(self) -> None:
-        """Start to measure the speed again."""
+        """Start another measurement of the speed."""
         self.interval_clock = time.perf_counter()
         self.timed_steps = self.timed_count = 0
         self.forward_seconds = 0.0
@@ -351,7 +351,7 @@ class Trainer:
         self.clock = now
 
     def write(self, event: str, **fields: Any) -> None:
-        """Log an event of this moment."""
+        """Log an event with the present position."""
         where = {**self.task.log_fields(), "step": self.at.step, "lr": self.lr.current}
         self.log.write(event, **where, **fields, seconds=round(self.at.seconds, 3))
 
@@ -584,4 +584,7 @@ def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
         runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
     print(f"run folder: {folder}, resumed at step {step:,}", flush=True)
     if trainer.task.finished(step):
-        print("nothing to train: the run is finished. Raise --epochs or --steps to train longer.")
+        print(
+            "nothing to train: the run is finished. To train longer, raise --epochs; for Nth farthest, raise "
+            "--steps, or --target-accuracy if that was reached."
+        )
