@@ -63,7 +63,7 @@ class FastRelationalMemory(RelationalMemory):
             if lower is not None:
                 weights = [w.to(lower) if w.dim() == 2 else w for w in weights]
             memory = memory.contiguous()
-            mask = None if mask is None else mask.to(memory.dtype).contiguous()
+            mask = None if mask is None else mask.to(memory.dtype)
             if resets is not None:
                 resets = resets.t().contiguous()[:, :, None, None]  # (T, B, 1, 1)
                 reset_memory = reset_memory.contiguous()
@@ -72,7 +72,7 @@ class FastRelationalMemory(RelationalMemory):
                 memories, last = _Scan.apply(self, *given, *weights)
             else:
                 memories = _Window(self, weights).forward(*given)
-                last = memories[-1].clone()
+                last = memories[-1].clone()  # a view would keep the memories of all steps
         before = memories[-2] if len(memories) > 1 else memory
         if resets is not None:
             before = torch.where(resets[-1], reset_memory, before)
@@ -269,8 +269,7 @@ class _Window:
         grad_qkv_in = memory.new_zeros(*memories.shape[:2], self.input_rows, self.heads * sum(self.sizes))
         to_given, to_gate_in, to_rows = self._by_step(grad_qkv_in), [None] * steps, [None] * steps
         grad_reset = None if resets is None else torch.zeros_like(memory)
-        carry = torch.zeros_like(memory) if grad_last is None else grad_last.contiguous()
-        grad_memories = None if grad_memories is None else grad_memories.contiguous()
+        carry = torch.zeros_like(memory) if grad_last is None else grad_last
         for t in reversed(range(steps)):
             grad = carry if grad_memories is None else carry + grad_memories[t]
             saved = kept[t * size : (t + 1) * size]
@@ -527,12 +526,14 @@ def _attend_backward(heads, query, key, value, weights, grad_update, to_given):
     score = torch.bmm(value, grad_update.transpose(1, 2))
     score = aten._softmax_backward_data(score, weights, 1, score.dtype)
     to_query = torch.bmm(score.transpose(1, 2), key)
-    to_query = F.pad(to_query, (0, 0, 0, key.size(1) - query.size(1)))  # rows without a query
+    rows = key.size(1) - (0 if to_given is None else to_given.size(1))
+    if query.size(1) < rows:
+        to_query = F.pad(to_query, (0, 0, 0, rows - query.size(1)))  # the other rows sent no queries
     grads = to_query, torch.bmm(score, query), torch.bmm(weights, grad_update)
     grads = [x.unflatten(0, (-1, heads)).transpose(1, 2) for x in grads]  # (B, R, H, K or V)
-    rows = key.size(1) - (0 if to_given is None else to_given.size(1))
     if to_given is not None:
-        torch.cat([x[:, rows:] for x in grads], dim=-1, out=to_given)
+        for part, grad in zip(to_given.split([x.size(-1) for x in grads], dim=-1), grads, strict=True):
+            part[:, : grad.size(1) - rows].copy_(grad[:, rows:])  # no rows of the queries in the last block
     return torch.cat([x[:, :rows] for x in grads], dim=-1)
 
 

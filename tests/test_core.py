@@ -393,6 +393,11 @@ def test_initialisation_is_the_originals(kind):
 def test_autocast_lowers_products_only(blocks, kind):
     core, inputs = make_core(kind, num_blocks=blocks).float(), randn(B, T, INPUT).float()
     exact, _ = core(inputs)
+    normed = []
+    hook = core.blocks[0].qkv_norm.register_forward_hook(lambda module, given, out: normed.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16), hook:
+        core.step(inputs[:, 0], core.initial_state(B))
+    assert normed == [torch.float32]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs, memory, gates = core(inputs, return_gates=True)
         _, details = core.step(inputs[:, 0], memory, return_details=True)
