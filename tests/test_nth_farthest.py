@@ -146,7 +146,7 @@ def test_defaults_are_the_papers():
     [
         ("--total-units 1000", "multiple of --memslots x --numheads = 64, got 1000. Try 1024"),
         ("--total-units 2048 --headsize 32", "--total-units and --headsize cannot be combined"),
-        ("--evaluate no-such-folder", "no-such-folder, which is missing"),
+        ("--evaluate no-such-folder", "no-such-folder is not the folder of an earlier run: it is missing"),
         ("--curriculum-dims 1 17", "--curriculum-dims must not exceed --num-dims, which is 16, got 17"),
         ("--curriculum-vectors 9", "--curriculum-vectors must not exceed --num-vectors, which is 8, got 9"),
         ("--curriculum-vectors 2 4 --curriculum-dims 8", "one number each per stage, got 2 and 1 numbers"),
