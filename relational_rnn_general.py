@@ -12,8 +12,8 @@ Departures from the paper, all taken from the original module:
     * The new memory is also the hidden state and the output. The output gate of eqs. 6 and 8 does not exist,
       and the update of eq. 7 is applied to the memory.
     * The candidate passes through tanh before the input gate. In eq. 7 it is psi(m), the output of the MLP.
-    * All R rows send queries, so several blocks can refine the input rows as well. In eq. 2 only the memory
-      rows do. With one block the results are equal, because the input rows are dropped afterwards.
+    * Queries are computed for all R rows, so several blocks can refine the input rows too. Eq. 2 has queries
+      of the memory rows only. With one block the results are equal, as the input rows are dropped afterwards.
     * A layer norm is applied to the projected queries, keys and values: one norm over all features of a row.
     * The gates read tanh(memory) where eqs. 4 and 5 read the hidden state. Their two biases (forget_bias and
       input_bias) are fixed numbers that are added to learned ones.

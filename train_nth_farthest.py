@@ -89,8 +89,6 @@ def build_parser() -> flags.Parser:
            "largest L2 norm of the gradient; 0 = no clipping")
     option(training, "--target-accuracy", flags.probability, 1.0, "P",
            f"stop early when the test accuracy has reached this {HOLD} times in a row")
-    option(training, "--stop-after", flags.non_negative_float, 0.0, "MINUTES",
-           "stop after this time; --resume continues the run; 0 = off")
     option(training, "--evaluate", None, None, "RUN_FOLDER",
            "only measure a run's best.pt: accuracy by n, and a picture of the attention")
     # fmt: on
@@ -98,7 +96,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-RESUME_MAY_CHANGE = frozenset({"steps", "target_accuracy", "curriculum_accuracy", "stop_after"})
+RESUME_MAY_CHANGE = frozenset({"steps", "target_accuracy", "curriculum_accuracy"})
 
 
 def _sequence_length(text: str) -> int:
@@ -203,7 +201,7 @@ class NthFarthest(trainer.Task):
         self.stages = curriculum(args)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.test_set = fixed_test_set(args, TEST_SEED, args.test_examples, device)
-        self.test_accuracy = 0.0
+        self.train_accuracy = self.test_accuracy = 0.0  # of the last report
         self.position = Stage()
 
     def describe(self, model: NthFarthestModel) -> dict[str, Any]:

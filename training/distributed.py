@@ -292,6 +292,8 @@ def resume_after_restart(given: dict[str, Any], argv: Sequence[str] | None) -> S
     folder = Path(given.get("runs_folder", "runs")) / given["name"]
     if not (folder / "args.json").is_file():
         return argv
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.warn(f"{folder} exists already: the run in it is resumed")
     return [*(sys.argv[1:] if argv is None else argv), "--resume", str(folder)]
 
 

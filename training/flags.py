@@ -137,7 +137,7 @@ probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
 # Flags that may change when a run is resumed: where it runs and what it prints, not what it computes.
 RESUME_MAY_CHANGE = frozenset({
     "resume", "cuda", "log_interval", "save_every", "threads", "runs_folder", "no_cuda_graph", "accumulate",
-    "collective_timeout", "evaluate",
+    "collective_timeout", "evaluate", "stop_after",
 })  # fmt: skip
 
 
@@ -154,6 +154,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     option(run, "--save-every", non_negative_float, 10.0, "MINUTES",
            "interval between saves of last.pt, in addition to those after each epoch and at the end; "
            "0 = only those")
+    option(run, "--stop-after", non_negative_float, 0.0, "MINUTES",
+           "save and stop after this time, to be continued with --resume; 0 = off")
     option(run, "--resume", None, None, "RUN_FOLDER",
            "continue an earlier run from its last.pt, with its arguments")
     switch(run, "--bf16",

@@ -170,7 +170,7 @@ class LanguageModelling(Task):
         self.full_count = args.batch_size * args.bptt
         self.can_be_captured = not args.adaptivesoftmax  # which makes the host wait for the GPU
         self.state = model.initial_state(self.examples)  # stays in place, as a captured step requires
-        self.position = Reading()
+        self.position, self.stops = Reading(), self.window_stops(1)
         if args.average != "none":
             decay = args.average_decay if args.average == "ema" else None
             self.average = WeightAverage(model, decay, args.average_trigger)

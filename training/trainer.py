@@ -269,7 +269,7 @@ class Trainer:
         if self.device.type == "cpu":
             devices.keep_freed_memory()
         saving = console.Alarm(self.args.save_every)
-        ending = console.Alarm(getattr(self.args, "stop_after", 0.0))
+        ending = console.Alarm(self.args.stop_after)
         self.clock = time.perf_counter()
         self.start_interval()
         with self.interrupts:
