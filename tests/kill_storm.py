@@ -201,6 +201,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=flags.positive_int, default=240, help="in all")
+    parser.add_argument("--kinds", nargs="+", choices=RUNS, default=list(RUNS), metavar="KIND")
     parser.add_argument("--seed", type=flags.seed_int, default=1)
     parser.add_argument("--outf", type=Path, default=None, metavar="FILE", help="file for the report")
     args = parser.parse_args()
@@ -208,8 +209,8 @@ def main() -> None:
     machine, started = runs.describe_environment(), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         storm = Storm(Path(scratch), random.Random(args.seed))
-        for number, kind in enumerate(RUNS):
-            storm.train(kind, args.kills // len(RUNS) + (number < args.kills % len(RUNS)))
+        for number, kind in enumerate(args.kinds):
+            storm.train(kind, args.kills // len(args.kinds) + (number < args.kills % len(args.kinds)))
     lines = [
         f"python tests/kill_storm.py --kills {args.kills} --seed {args.seed}",
         f"torch {torch.__version__}, Python {platform.python_version()}, {machine['cpu']}, "

@@ -171,7 +171,6 @@ def test_flags_that_take_numbers_refuse_everything_else(script, answer, capsys):
 def test_the_smallest_and_largest_numbers_are_refused_or_trained_with(
     script, answer, tmp_path, trained, stop_after_one_step
 ):
-    """Either the run takes its step and saves it, or one message says why not, and its folder is removed."""
     data = [] if script == "train_nth_farthest" else ["--data", trained["corpus"]]
     tried = {flag for flag, _ in number_flags("train_rmc")} if script == "train_rnn" else set()
     for flag, action in number_flags(script):

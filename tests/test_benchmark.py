@@ -32,13 +32,13 @@ TASKS = pytest.mark.parametrize("task", [LM, ADAPTIVE, SLOTS, NTH], ids=["full",
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(benchmark, "QUICK", Plan((LM, ADAPTIVE), NTH, LM, rounds=2, seconds=0))
+    monkeypatch.setattr(benchmark, "QUICK", Plan((LM, ADAPTIVE), 2, 0, NTH, LM))
     monkeypatch.setattr(benchmark, "SHORTEST_SAMPLE", 0.0)
 
 
 def make_bench(rounds=3, seconds=0.0):
     bench = benchmark.Bench(SimpleNamespace(bf16=False, quick=True, rounds=rounds, clock="wall"), CPU)
-    bench.plan = replace(bench.plan, seconds=seconds)
+    bench.plan = bench.plan._replace(seconds=seconds)
     return bench
 
 
@@ -150,7 +150,6 @@ def test_peak_memory_counts_weights_gradients_and_adams_two_moments():
     peak, start = make_bench().peak(task, RMC)
     weights = 4 * sum(p.numel() for p in model(task, RMC).model.parameters()) / 1e6
     assert 4 * weights < peak - start < 12 * weights
-    assert make_bench().peak(task, RMC, ROOT)[0] == pytest.approx(peak, rel=0.1)  # this tree as another one
 
 
 def test_another_checkout_is_timed_beside_this_one(small, monkeypatch, capsys):

@@ -13,7 +13,8 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from conftest import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_utils import Vocabulary
@@ -24,11 +25,6 @@ from training.checkpoints import CHECKPOINT_FORMAT, load_checkpoint, save_checkp
 from training.console import UserError
 from training.language_modelling import describe_model, load_model
 
-fuzz = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
 VOCABULARY = Vocabulary(["a", "b", "c", "<eos>", "ü"])
 
 
@@ -269,7 +265,7 @@ OPCODES = st.sampled_from(
 )
 
 
-@fuzz
+@fuzz(60)
 @given(st.lists(OPCODES, max_size=25))
 def test_any_pickle_program_is_refused(tmp_path_factory, program):
     path = tmp_path_factory.getbasetemp() / "program.pt"
@@ -313,28 +309,17 @@ def test_parts_that_do_not_fit_are_refused(change, tmp_path):
     assert read(tmp_path / "c.pt") is None
 
 
-TENSORS = st.builds(
-    lambda shape, dtype: torch.zeros(shape, dtype=dtype),
-    st.lists(st.integers(0, 3), max_size=3),
-    st.sampled_from([torch.float32, torch.int64, torch.bool, torch.complex64, torch.bfloat16]),
-)
-VALUES = TENSORS | st.sampled_from(
-    [10**9, 10**15, 2**70, -1, math.nan, None, True, "x", (), [1], {"a": 2}, b"x", torch.ones(1).expand(9)]
-)
-
-
-@fuzz
-@given(data=st.data())
-def test_any_contents_are_refused_or_a_model(data, good, tmp_path):
-    contents = {key: dict(value) if isinstance(value, dict) else value for key, value in good[2].items()}
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = contents
-        if data.draw(st.booleans()):
-            inner = contents[data.draw(st.sampled_from(["config", "model"]))]
-            place = inner if isinstance(inner, dict) and inner else contents
-        place[data.draw(st.sampled_from(sorted(place)) | st.text(max_size=4))] = data.draw(VALUES)
-    torch.save(contents, tmp_path / "c.pt")
-    read(tmp_path / "c.pt")
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)])
+def test_optimiser_state_must_fit_its_parameters(name, value):
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.Adam([parameter], fused=True)
+    parameter.sum().backward()
+    optimizer.step()
+    checkpoints.check_optimizer(optimizer)
+    optimizer.state[parameter][name] = value
+    with pytest.raises(ValueError, match=f"optimiser's {name} is .* for a parameter of .2, 3. torch"):
+        checkpoints.check_optimizer(optimizer)
 
 
 @pytest.mark.parametrize(

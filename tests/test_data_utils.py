@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from conftest import fuzz
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_utils
@@ -32,13 +33,6 @@ from training.console import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, VALID, TEST = "b a a\nb a c\n\n", "a d\n", "c e e e <unk>\nb\n"
-LONG = int(os.environ.get("FUZZ_EXAMPLES", "0"))
-
-
-def fuzz(examples):
-    """Run this many random examples, or as many as the variable FUZZ_EXAMPLES says."""
-    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-    return settings(max_examples=LONG or examples, deadline=None, suppress_health_check=checks)
 
 
 def write(folder, train=TRAIN, valid=VALID, test=TEST):

@@ -128,21 +128,6 @@ def test_paths_inside_an_archive_are_ignored(server, monkeypatch, tmp_path, fold
     assert os.listdir(tmp_path) == ["data"]
 
 
-@pytest.mark.parametrize("found", [[], ["notes.md", ".corpus-all-0.pt"]])
-@pytest.mark.parametrize("place", ["data", "."])
-def test_a_folder_without_texts_does_not_hide_a_published_corpus(server, monkeypatch, tmp_path, place, found):
-    server.files = RAW
-    publish(monkeypatch, f"{server.url}/raw/")
-    folder = tmp_path / place / "corpus"
-    folder.mkdir(parents=True)
-    for name in found:
-        (folder / name).write_text("")
-    assert load_corpus("corpus").folder == tmp_path / "data" / "corpus"
-    for split, text in TEXTS.items():
-        assert (tmp_path / "data" / "corpus" / f"{split}.txt").read_bytes() == text
-    assert "notes.md" not in found or (folder / "notes.md").exists()
-
-
 def test_the_second_mirror_is_tried(server, monkeypatch, capsys):
     server.files = RAW | {"/corpus.zip": ARCHIVE, "/raw/test.txt": b"wrong\n"}
     publish(monkeypatch, f"{server.url}/raw/", f"{server.url}/corpus.zip")

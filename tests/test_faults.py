@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pty
-import re
 import resource
 import select
 import shlex
@@ -14,7 +13,6 @@ import shutil
 import signal
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 import torch
@@ -169,16 +167,6 @@ def test_signal_during_evaluation_or_saving(owner, work, corpus, whole, tmp_path
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_hint_to_resume_runs_from_another_folder(corpus, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    after_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-    assert train(corpus, "my runs") == 143
-    hint = re.search("To resume: python (.*)", capfd.readouterr().out)[1]
-    script, *argv = shlex.split(hint)
-    assert Path(script).resolve() == Path(train_rnn.__file__)
-    assert train_rnn.main(argv) == 0
-
-
 def test_names_outside_ascii_and_utf8(corpus, tmp_path, monkeypatch):
     """As with PYTHONIOENCODING=ascii, and with a folder named by the bytes caf\\xe9."""
     odd = tmp_path / os.fsdecode(b"caf\xe9")
@@ -279,6 +267,13 @@ def test_run_folder_that_is_away_for_a_while(corpus, whole, tmp_path, monkeypatc
     assert train(corpus, tmp_path, *ALWAYS) == 0
     assert capsys.readouterr().err.count("could not write") == 1
     assert_same_run(whole, run)
+
+
+def test_run_folder_that_is_deleted(corpus, tmp_path, monkeypatch, capsys):
+    after_step(monkeypatch, STEPS + 3, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(UserError, match="best.pt is missing"):
+        train(corpus, tmp_path)
+    assert "could not write to" in capsys.readouterr().err
 
 
 def test_run_folder_in_use_is_refused(whole, tmp_path):

@@ -104,15 +104,6 @@ def test_rows_are_independent_and_the_input_is_unchanged():
     assert torch.equal(logs, before)
 
 
-BAD = [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"banned": range(5)}]
-
-
-@pytest.mark.parametrize("options", BAD)
-def test_bad_options_are_refused(options):
-    with pytest.raises(ValueError, match="must be|banned"):
-        choose(torch.zeros(2, 5), **options)
-
-
 # ---- from the model to the text
 
 
@@ -169,11 +160,6 @@ def test_samples_differ_and_are_separated(trained, tmp_path):
     assert parts[0] == "" and [part[:6] for part in parts[1:]] == ["1 ===\n", "2 ===\n", "3 ===\n"]
     bodies = [part[6:] for part in parts[1:]]
     assert len(set(bodies)) == 3 and all(body.startswith("the ant ") for body in bodies)
-
-
-def test_to_text():
-    assert generate_rmc.to_text(["a", "b", "<eos>", "<eos>", "c"]) == "a b\n\nc"
-    assert generate_rmc.to_text([]) == ""
 
 
 # ---- prompts and punctuation
@@ -257,12 +243,3 @@ def test_bad_checkpoints_are_refused(trained, tmp_path):
     for name, message in [("bad.pt", "damaged"), (".", "no best.pt"), ("nth.pt", "of kind .nth_farthest.")]:
         with pytest.raises(UserError, match=message):
             generate_rmc.main(["--checkpoint", str(tmp_path / name), "--outf", "-"])
-
-
-def test_model_with_unk_only_and_no_unk(tmp_path):
-    contents = language_modelling.describe_model(
-        "rnn", RNNLM(1, embedding_size=3, hidden_size=3), Vocabulary(["<unk>"])
-    )
-    checkpoints.save_checkpoint(tmp_path / "best.pt", contents)
-    with pytest.raises(UserError, match="--no-unk leaves no words"):
-        generate_rmc.main(["--checkpoint", str(tmp_path), "--no-unk", "--outf", "-"])

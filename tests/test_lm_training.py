@@ -17,7 +17,7 @@ from training.console import UserError
 from training.distributed import ALONE
 from training.language_flags import choose_softmax
 from training.schedule import PATIENCE, LearningRate
-from training.trainer import Interrupted, Trainer
+from training.trainer import Trainer
 
 V = 29
 SCRIPTS = {
@@ -108,14 +108,6 @@ def test_evaluation_with_one_column_reads_the_text_word_by_word(tmp_path, kind):
         found = language_modelling.evaluate(model, text, 1, bptt, "cpu")
         assert found == pytest.approx(nats / 59, abs=1e-10)
     assert model.training
-
-
-def test_evaluation_stops_when_requested():
-    interrupts, table = console.Interrupts(), Table()
-    interrupts.requested = "SIGTERM"
-    with pytest.raises(Interrupted):
-        language_modelling.evaluate(table, ids(50, 1), 2, 5, "cpu", interrupts)
-    assert table.training
 
 
 # ---- training steps against an obvious loop

@@ -24,25 +24,13 @@ def nth_farthest_run(root, name, K=8, D=16, accuracies=(0.13, 0.25, 0.6), **argu
         {"event": "train", "step": 100 * i, "seconds": 30.0 * i, "loss": 2.0 / i, "test_accuracy": accuracy}
         for i, accuracy in enumerate(accuracies, start=1)
     ]
-    return make_run(
-        root,
-        name,
-        "train_nth_farthest",
-        events,
-        **{"num_vectors": K, "num_dims": D, "model": "rmc", **arguments},
-    )
+    more = {"num_vectors": K, "num_dims": D, "model": "rmc", **arguments}
+    return make_run(root, name, "train_nth_farthest", events, **more)
 
 
 def language_run(root, name, script, perplexities=(300.0, 200.0, 150.0), **arguments):
     events = [
-        {
-            "event": "valid",
-            "epoch": i,
-            "step": 9 * i,
-            "seconds": 120.0 * i,
-            "ppl": ppl,
-            "train_ppl": ppl and ppl / 2,
-        }
+        {"event": "valid", "epoch": i, "seconds": 120.0 * i, "ppl": ppl, "train_ppl": ppl and ppl / 2}
         for i, ppl in enumerate(perplexities, start=1)
     ]
     return make_run(root, name, script, events, **arguments)

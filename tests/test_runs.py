@@ -4,7 +4,6 @@ FUZZ_EXAMPLES=20000 lets hypothesis try so many inputs.
 """
 
 import concurrent.futures
-import contextlib
 import json
 import math
 import os
@@ -13,18 +12,14 @@ import signal
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from conftest import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training import flags, runs
 from training.console import UserError
 
 DEEP = "[" * 200_000 + "]" * 200_000
-fuzz = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
 
 
 # ---- run folders
@@ -62,13 +57,6 @@ def test_other_names_are_refused(tmp_path, name):
     assert os.listdir(tmp_path) == []
 
 
-def test_empty_folder_of_the_name_is_neither_replaced_nor_called_a_run(tmp_path):
-    (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match="exists already. Choose another --name.$"):
-        create(tmp_path, "a")
-    assert os.listdir(tmp_path / "a") == []
-
-
 def test_runs_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot create a run folder in .*file: File exists"):
@@ -82,18 +70,6 @@ def test_runs_folder_that_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="Read-only file system. Choose another --runs-folder"):
             create(tmp_path, "run")
     assert os.listdir(tmp_path) == ["file"]
-
-
-def test_newest_run_has_the_latest_best_model_of_the_scripts(tmp_path):
-    scripts = {"a": '{"script": "train_rmc"}', "b": '{"script": "train_rnn"}', "other": '{"script": "nth"}'}
-    for age, (name, text) in enumerate({**scripts, "deep": DEEP, "list": "[]", "broken": "{"}.items()):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "args.json").write_text(text)
-        (tmp_path / name / "best.pt").write_bytes(b"")
-        os.utime(tmp_path / name / "best.pt", (1000 + age, 1000 + age))
-    assert runs.newest_run(tmp_path, ("train_rmc", "train_rnn")) == tmp_path / "b"
-    assert runs.newest_run(tmp_path, ("missing",)) is None
-    assert runs.newest_run(tmp_path / "none", ("train_rmc",)) is None
 
 
 def test_discarding_keeps_files_of_the_user(tmp_path):
@@ -239,17 +215,6 @@ JSON = st.recursive(
 )
 
 
-@fuzz
-@given(change=st.dictionaries(st.sampled_from(["width", "bias", "seed", "name", "cuda"]), JSON), whole=JSON)
-def test_any_args_json_is_read_or_refused(change, whole, tmp_path):
-    good = {"script": "script", "arguments": vars(parse())}
-    for record in ({**good, "arguments": {**good["arguments"], **change}}, whole):
-        (tmp_path / "args.json").write_text(json.dumps(record))
-        with contextlib.suppress(UserError):
-            args = resume(tmp_path)
-            assert args.width >= 1 and math.isfinite(args.bias) and args.cuda in (True, False)
-
-
 # ---- log.jsonl
 
 
@@ -292,7 +257,7 @@ LINES = (
 )
 
 
-@fuzz
+@fuzz(60)
 @given(lines=st.lists(LINES, max_size=6))
 def test_any_log_is_read(lines, tmp_path):
     good = [b'{"event": "train", "step": -1e400}', b'{"event": "last", "step": 1e400}']

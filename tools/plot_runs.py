@@ -38,11 +38,7 @@ AXES = {
 
 
 def import_pyplot() -> Any:
-    """Return matplotlib.pyplot, set to draw into files.
-
-    Raises:
-        UserError: matplotlib is missing or broken.
-    """
+    """Return matplotlib.pyplot, set to draw into files; UserError if it cannot be imported."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # training machines often have no screen
     try:
         import matplotlib.pyplot as plt
@@ -163,16 +159,11 @@ def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
 
 
 def draw_runs(paths: Sequence[Path], path: Path, against: Sequence[str] | None = None) -> int:
-    """Draw the curves of runs into a PNG. Return the number of runs.
+    """Draw the curves of runs into a PNG and return the number of runs. Raise UserError if it cannot be done.
 
     Args:
         paths: as run_files.read_runs takes them; all language models or all Nth farthest.
-        path: the PNG to write.
         against: keys of AXES; None for epochs and wall time, or steps and wall time for Nth farthest.
-
-    Raises:
-        UserError: no matplotlib, no run to draw, both kinds of run, an axis that the runs do not have, or a
-            file that cannot be written.
     """
     plt = import_pyplot()
     found = run_files.read_runs(paths, why_unusable)
