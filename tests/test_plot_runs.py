@@ -30,8 +30,8 @@ def nth_farthest_run(root, name, K=8, D=16, accuracies=(0.13, 0.25, 0.6), **argu
 
 def language_run(root, name, script, perplexities=(300.0, 200.0, 150.0), **arguments):
     events = [
-        {"event": "valid", "epoch": i, "seconds": 120.0 * i, "ppl": ppl, "train_ppl": ppl and ppl / 2}
-        for i, ppl in enumerate(perplexities, start=1)
+        {"event": "valid", "epoch": i, "step": i, "seconds": 120.0 * i, "ppl": p, "train_ppl": p and p / 2}
+        for i, p in enumerate(perplexities, start=1)
     ]
     return make_run(root, name, script, events, **arguments)
 
