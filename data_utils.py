@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from training.console import UserError, first_line, run_script, say, warn
+from training.files import atomic_write
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-from training.console import UserError, first_line, run_script, say, warn
-from training.files import atomic_write
 
 EOS = "<eos>"
 UNK = "<unk>"

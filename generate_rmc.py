@@ -13,14 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from training import checkpoints, console, devices, files, flags, language_modelling, runs
+from training.console import UserError
+from training.flags import option, switch
+
 import torch
 
 import data_utils
 from data_utils import EOS, UNK, Vocabulary
 from layers.language_model import LanguageModel
-from training import checkpoints, console, devices, files, flags, language_modelling, runs
-from training.console import UserError
-from training.flags import option, switch
 
 SHOWN = 400  # characters of the text that are printed as well as written
 

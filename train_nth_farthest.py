@@ -15,6 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training import checkpoints, console, devices, distributed, files, flags, trainer
+from training.console import UserError, say, warn
+from training.distributed import ALONE, Processes
+from training.flags import option
+from training.trainer import Trainer
+
 import torch
 from torch import Tensor
 
@@ -27,11 +33,6 @@ from nth_farthest import (
     make_batch,
     question_of,
 )
-from training import checkpoints, console, devices, distributed, files, flags, trainer
-from training.console import UserError, say, warn
-from training.distributed import ALONE, Processes
-from training.flags import option
-from training.trainer import Trainer
 
 SCRIPT = "train_nth_farthest"
 KIND = "nth_farthest"

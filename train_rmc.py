@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from relational_rnn_models import RelationalMemoryLM
 from training import distributed, flags, language_flags, language_modelling, trainer
+
+from relational_rnn_models import RelationalMemoryLM
 
 RECIPES = {
     # About two minutes on a CPU.

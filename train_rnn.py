@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rnn_models import LAYERS, RNNLM
 from training import distributed, flags, language_flags, language_modelling, trainer
+
+from rnn_models import LAYERS, RNNLM
 
 RECIPES = {
     # As many weights and epochs as train_rmc.py's recipe of this name.

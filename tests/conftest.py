@@ -1,15 +1,24 @@
 """Fixtures that several test files share."""
 
+import os
 import random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Small tensors: a second thread only makes the tests slower, and two test runs at once very slow."""
     torch.set_num_threads(1)
+
+
+def fuzz(examples):
+    """Run this many random examples, or as many as the variable FUZZ_EXAMPLES says."""
+    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    count = int(os.environ.get("FUZZ_EXAMPLES", examples))
+    return settings(max_examples=count, deadline=None, suppress_health_check=checks)
 
 
 def write_corpus(folder, lines=(170, 43, 41), seed=5):

@@ -27,6 +27,8 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
+from training import checkpoints, console, flags, runs  # noqa: E402
+
 import torch  # noqa: E402
 from conftest import write_corpus  # noqa: E402
 from same_runs import assert_same_run  # noqa: E402
@@ -35,7 +37,6 @@ import data_utils  # noqa: E402
 import train_nth_farthest  # noqa: E402
 import train_rmc  # noqa: E402
 import train_rnn  # noqa: E402
-from training import checkpoints, console, flags, runs  # noqa: E402
 
 EVERY_STEP = ["--save-every", "0.0000001", "--log-interval", "5"]
 LM = "--batch-size 14 --bptt 15 --lr 0.01 --epochs 2 --eval-batch-size 3 --emsize 12"
@@ -201,6 +202,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=flags.positive_int, default=240, help="in all")
+    parser.add_argument("--kinds", nargs="+", choices=RUNS, default=list(RUNS), metavar="KIND")
     parser.add_argument("--seed", type=flags.seed_int, default=1)
     parser.add_argument("--outf", type=Path, default=None, metavar="FILE", help="file for the report")
     args = parser.parse_args()
@@ -208,8 +210,8 @@ def main() -> None:
     machine, started = runs.describe_environment(), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         storm = Storm(Path(scratch), random.Random(args.seed))
-        for number, kind in enumerate(RUNS):
-            storm.train(kind, args.kills // len(RUNS) + (number < args.kills % len(RUNS)))
+        for number, kind in enumerate(args.kinds):
+            storm.train(kind, args.kills // len(args.kinds) + (number < args.kills % len(args.kinds)))
     lines = [
         f"python tests/kill_storm.py --kills {args.kills} --seed {args.seed}",
         f"torch {torch.__version__}, Python {platform.python_version()}, {machine['cpu']}, "

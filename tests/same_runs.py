@@ -1,8 +1,8 @@
 """Compares finished runs, for the tests that interrupt one of them."""
 
-import torch
-
 from training import checkpoints, runs
+
+import torch
 
 TIMES = {"seconds", "ms_per_batch", "forward_ms_per_batch", "tokens_per_second", "examples_per_second"}
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+from training.console import UserError
+
 import benchmark
 import pytest
 import torch
@@ -18,7 +20,6 @@ from torch.utils.flop_counter import flop_registry
 import relational_rnn_models
 from relational_rnn_fast import FastRelationalMemory
 from relational_rnn_general import RelationalMemory
-from training.console import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -32,13 +33,13 @@ TASKS = pytest.mark.parametrize("task", [LM, ADAPTIVE, SLOTS, NTH], ids=["full",
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(benchmark, "QUICK", Plan((LM, ADAPTIVE), NTH, LM, rounds=2, seconds=0))
+    monkeypatch.setattr(benchmark, "QUICK", Plan((LM, ADAPTIVE), 2, 0, NTH, LM))
     monkeypatch.setattr(benchmark, "SHORTEST_SAMPLE", 0.0)
 
 
 def make_bench(rounds=3, seconds=0.0):
     bench = benchmark.Bench(SimpleNamespace(bf16=False, quick=True, rounds=rounds, clock="wall"), CPU)
-    bench.plan = replace(bench.plan, seconds=seconds)
+    bench.plan = bench.plan._replace(seconds=seconds)
     return bench
 
 
@@ -150,7 +151,6 @@ def test_peak_memory_counts_weights_gradients_and_adams_two_moments():
     peak, start = make_bench().peak(task, RMC)
     weights = 4 * sum(p.numel() for p in model(task, RMC).model.parameters()) / 1e6
     assert 4 * weights < peak - start < 12 * weights
-    assert make_bench().peak(task, RMC, ROOT)[0] == pytest.approx(peak, rel=0.1)  # this tree as another one
 
 
 def test_another_checkout_is_timed_beside_this_one(small, monkeypatch, capsys):

@@ -63,16 +63,6 @@ def test_outputs_memories_gates_loss_and_every_gradient_equal_the_original(name,
         assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max() + 1e-12, key
 
 
-@pytest.mark.parametrize("start", ["a", "b"])
-@pytest.mark.parametrize("name", CASES)
-def test_memory_after_every_step_equals_the_original(name, start):
-    core, config, golden = load_case(name)
-    memory = golden[f"{start}/initial_memory"]
-    for t in range(config["T"]):
-        memory = core.step(golden["inputs"][t], memory)
-        torch.testing.assert_close(memory, golden[f"{start}/memories"][t], rtol=0, atol=1e-5)
-
-
 def test_sonnet_variables_load_without_prefixes_and_from_tensors():
     core, _, golden = load_case("d3")
     other = RelationalMemory(3, 8, 5, num_heads=2, num_blocks=3, gate_style="memory")

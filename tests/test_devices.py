@@ -8,13 +8,13 @@ import sys
 import threading
 from pathlib import Path
 
+from training import devices
+from training.console import UserError
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-
-from training import devices
-from training.console import UserError
 
 CPU = torch.device("cpu")
 SMALL, LARGE = 0.99 * devices.MULTIPLICATIONS_WORTH_A_THREAD, 1.01 * devices.MULTIPLICATIONS_WORTH_A_THREAD

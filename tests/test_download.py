@@ -1,5 +1,6 @@
 """Downloading corpora from a local server with the faults that mirrors have."""
 
+import concurrent.futures
 import hashlib
 import http.server
 import io
@@ -13,11 +14,12 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+from training.console import UserError
+
 import pytest
 
 import data_utils
 from data_utils import SPLITS, Published, load_corpus
-from training.console import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {"train": b"a b a\n" * 30, "valid": b"b c\n", "test": "a é\n".encode()}
@@ -127,21 +129,6 @@ def test_paths_inside_an_archive_are_ignored(server, monkeypatch, tmp_path, fold
     assert os.listdir(tmp_path) == ["data"]
 
 
-@pytest.mark.parametrize("found", [[], ["notes.md", ".corpus-all-0.pt"]])
-@pytest.mark.parametrize("place", ["data", "."])
-def test_a_folder_without_texts_does_not_hide_a_published_corpus(server, monkeypatch, tmp_path, place, found):
-    server.files = RAW
-    publish(monkeypatch, f"{server.url}/raw/")
-    folder = tmp_path / place / "corpus"
-    folder.mkdir(parents=True)
-    for name in found:
-        (folder / name).write_text("")
-    assert load_corpus("corpus").folder == tmp_path / "data" / "corpus"
-    for split, text in TEXTS.items():
-        assert (tmp_path / "data" / "corpus" / f"{split}.txt").read_bytes() == text
-    assert "notes.md" not in found or (folder / "notes.md").exists()
-
-
 def test_the_second_mirror_is_tried(server, monkeypatch, capsys):
     server.files = RAW | {"/corpus.zip": ARCHIVE, "/raw/test.txt": b"wrong\n"}
     publish(monkeypatch, f"{server.url}/raw/", f"{server.url}/corpus.zip")
@@ -160,12 +147,8 @@ def test_two_runs_download_at_once(server, monkeypatch):
     server.files = RAW | {"/raw/test.txt": together}
     publish(monkeypatch, f"{server.url}/raw/")
     monkeypatch.setattr(data_utils, "TIMEOUT", 10)
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(data_utils.fetch("corpus"))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        results = list(pool.map(data_utils.fetch, ["corpus"] * 2))
     assert results == [data_utils.DATA_FOLDER / "corpus"] * 2
     check_downloaded()
 

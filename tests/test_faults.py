@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pty
-import re
 import resource
 import select
 import shlex
@@ -14,25 +13,21 @@ import shutil
 import signal
 import sys
 import termios
-from pathlib import Path
+
+from training import checkpoints, console, devices, language_modelling, runs, trainer
+from training.console import UserError
 
 import pytest
 import torch
 from conftest import write_corpus
 from same_runs import assert_same_checkpoint, assert_same_run, numbers
 
-import train_nth_farthest
-import train_rmc
 import train_rnn
-from training import checkpoints, console, devices, language_modelling, runs, trainer
-from training.console import UserError
 
 # 2379 targets in 14 columns of 170 or fewer: 12 windows of 15 in an epoch, the last of 5.
 STEPS = 12
 LOOP = shlex.split("--batch-size 14 --bptt 15 --lr 0.01 --log-interval 5 --eval-batch-size 3 --epochs 2")
 SIZES = shlex.split("--emsize 12 --nhid 7 --nlayers 2")  # with dropout, for which random states matter
-NTH = shlex.split("--num-vectors 3 --num-dims 2 --model lstm --nhid 7 --outputunits 8 --batch-size 8")
-NTH += shlex.split("--test-examples 10 --steps 6 --log-interval 4")
 ALWAYS = ["--save-every", "0.0000001"]  # after each step
 
 
@@ -146,17 +141,14 @@ def test_lost_output_does_not_end_a_run(case, status, corpus, whole, tmp_path, m
     assert_same_run(whole, run)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGXCPU"])
 def test_stop_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
-    name, corpus, whole, tmp_path, monkeypatch
+    corpus, whole, tmp_path, monkeypatch
 ):
-    after_step(monkeypatch, STEPS - 4, lambda: signal.raise_signal(signal.Signals[name]))
-    assert train(corpus, tmp_path) == 128 + signal.Signals[name]
+    after_step(monkeypatch, STEPS - 4, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train(corpus, tmp_path) == 143
     run = tmp_path / "run"
     assert checkpoints.load_checkpoint(run / "last.pt")["position"]["step"] == STEPS - 4
-    assert "interrupt" not in [
-        event["event"] for event in runs.read_log(run / "log.jsonl")
-    ]  # no time to test
+    assert "interrupt" not in [event["event"] for event in runs.read_log(run / "log.jsonl")]  # no test
     assert train_rnn.main(["--resume", str(run)]) == 0
     assert_same_run(whole, run)
 
@@ -174,32 +166,6 @@ def test_signal_during_evaluation_or_saving(owner, work, corpus, whole, tmp_path
     assert train(corpus, tmp_path, *ALWAYS) == 143
     assert train_rnn.main(["--resume", str(tmp_path / "run")]) == 0
     assert_same_run(whole, tmp_path / "run")
-
-
-def test_nth_farthest_stopped_and_resumed_equals_an_uninterrupted_run(tmp_path, monkeypatch, capsys):
-    for place in ("whole", "parts of it"):
-        if place != "whole":
-            after_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-        status = train_nth_farthest.main([*NTH, "--runs-folder", str(tmp_path / place), "--name", "run"])
-        assert status == (0 if place == "whole" else 143)
-    run = tmp_path / "parts of it" / "run"
-    said = capsys.readouterr().out
-    assert f"train_nth_farthest.py --resume '{run}'\n" in said
-    assert "best test accuracy" not in said  # there is no report yet
-    for _ in range(2):  # the second time there is nothing left to train
-        assert train_nth_farthest.main(["--resume", str(run)]) == 0
-        assert_same_checkpoint(tmp_path / "whole" / "run" / "last.pt", run / "last.pt")
-    assert numbers(tmp_path / "whole" / "run") == numbers(run, "resume")
-
-
-def test_hint_to_resume_runs_from_another_folder(corpus, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    after_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-    assert train(corpus, "my runs") == 143
-    hint = re.search("To resume: python (.*)", capfd.readouterr().out)[1]
-    script, *argv = shlex.split(hint)
-    assert Path(script).resolve() == Path(train_rnn.__file__)
-    assert train_rnn.main(argv) == 0
 
 
 def test_names_outside_ascii_and_utf8(corpus, tmp_path, monkeypatch):
@@ -317,65 +283,3 @@ def test_run_folder_in_use_is_refused(whole, tmp_path):
     with runs.locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training in"):
         train_rnn.main(["--resume", str(tmp_path / "run")])
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-
-
-# ---- altered files
-
-
-def alter(folder, change):
-    """Change the contents of a folder's last.pt."""
-    contents = checkpoints.load_checkpoint(folder / "last.pt")
-    change(contents)
-    checkpoints.save_checkpoint(folder / "last.pt", contents)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "exp_avg is .3,. "),
-        (lambda c: c["position"].update(epoch="x"), "epoch is 'x'"),
-        (lambda c: c["position"].update(place=-5), "place is -5"),
-        (lambda c: c["position"].pop("place"), "KeyError: 'place'"),
-        (lambda c: c.update(sums=torch.zeros(9)), "RuntimeError"),
-        (lambda c: c.update(random=[]), None),  # other random numbers, as for another number of processes
-    ],
-)
-def test_altered_last_pt_of_a_language_model_is_refused(change, message, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    alter(tmp_path / "run", change)
-    argv = ["--resume", str(tmp_path / "run"), "--epochs", "3"]
-    if message is None:
-        assert train_rnn.main(argv) == 0
-        return
-    with pytest.raises(UserError, match=f"last.pt does not fit this run .*{message}"):
-        train_rnn.main(argv)
-    assert runs.read_json(tmp_path / "run" / "args.json")["arguments"]["epochs"] == 2
-
-
-def test_altered_last_pt_of_nth_farthest_is_refused(tmp_path):
-    argv = ["--runs-folder", str(tmp_path), "--name", "run"]
-    assert train_nth_farthest.main([*NTH, *argv]) == 0
-    alter(tmp_path / "run", lambda c: c["optimizer"]["state"][2].update(exp_avg_sq=torch.zeros(3)))
-    with pytest.raises(UserError, match="last.pt does not fit this run .*exp_avg_sq is .3,. "):
-        train_nth_farthest.main(["--resume", str(tmp_path / "run"), "--steps", "9"])
-
-
-def test_model_of_another_run_is_refused(corpus, whole, tmp_path):
-    """Also a best.pt of a language model with the same vocabulary."""
-    argv = ["--emsize", "12", "--headsize", "5", "--numheads", "2", "--keysize", "3"]
-    other = ["--data", str(corpus), "--runs-folder", str(tmp_path), "--name", "other"]
-    assert train_rmc.main([*argv, *LOOP, *other]) == 0
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.copy(tmp_path / "other" / "best.pt", tmp_path / "run" / "best.pt")
-    with pytest.raises(UserError, match="best.pt holds another model than this run's"):
-        train_rnn.main(["--resume", str(tmp_path / "run")])
-    shutil.copy(tmp_path / "other" / "last.pt", tmp_path / "run" / "last.pt")
-    with pytest.raises(UserError, match="last.pt does not fit this run"):
-        train_rnn.main(["--resume", str(tmp_path / "run")])
-
-
-def test_score_to_beat_is_that_of_best_pt(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    alter(tmp_path / "run", lambda c: c["position"].update(best_score=-1.0))
-    assert train_rnn.main(["--resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
-    assert checkpoints.load_checkpoint(tmp_path / "run" / "best.pt")["scores"]["epoch"] == 3

@@ -5,10 +5,10 @@ import os
 import stat
 import threading
 
-import pytest
-
 from training import files
 from training.console import UserError
+
+import pytest
 
 
 def write(path, text=b"new"):

@@ -4,6 +4,9 @@ import json
 import math
 import os
 
+from training import checkpoints, language_modelling
+from training.console import UserError
+
 import pytest
 import torch
 from conftest import write_corpus
@@ -14,8 +17,6 @@ from data_utils import Vocabulary
 from generate_rmc import choose, encode_prompt, join_punctuation
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from training import checkpoints, language_modelling
-from training.console import UserError
 
 SIZES = {
     "rmc": (RelationalMemoryLM, {"embedding_size": 12, "head_size": 5, "num_heads": 2, "mem_slots": 2}),
@@ -104,15 +105,6 @@ def test_rows_are_independent_and_the_input_is_unchanged():
     assert torch.equal(logs, before)
 
 
-BAD = [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"banned": range(5)}]
-
-
-@pytest.mark.parametrize("options", BAD)
-def test_bad_options_are_refused(options):
-    with pytest.raises(ValueError, match="must be|banned"):
-        choose(torch.zeros(2, 5), **options)
-
-
 # ---- from the model to the text
 
 
@@ -169,11 +161,6 @@ def test_samples_differ_and_are_separated(trained, tmp_path):
     assert parts[0] == "" and [part[:6] for part in parts[1:]] == ["1 ===\n", "2 ===\n", "3 ===\n"]
     bodies = [part[6:] for part in parts[1:]]
     assert len(set(bodies)) == 3 and all(body.startswith("the ant ") for body in bodies)
-
-
-def test_to_text():
-    assert generate_rmc.to_text(["a", "b", "<eos>", "<eos>", "c"]) == "a b\n\nc"
-    assert generate_rmc.to_text([]) == ""
 
 
 # ---- prompts and punctuation
@@ -260,12 +247,3 @@ def test_bad_checkpoints_are_refused(trained, tmp_path):
     for name, message in [("bad.pt", "damaged"), (".", "no best.pt"), ("nth.pt", "of kind .nth_farthest.")]:
         with pytest.raises(UserError, match=message):
             generate_rmc.main(["--checkpoint", str(tmp_path / name), "--outf", "-"])
-
-
-def test_model_with_unk_only_and_no_unk(tmp_path):
-    contents = language_modelling.describe_model(
-        "rnn", RNNLM(1, embedding_size=3, hidden_size=3), Vocabulary(["<unk>"])
-    )
-    checkpoints.save_checkpoint(tmp_path / "best.pt", contents)
-    with pytest.raises(UserError, match="--no-unk leaves no words"):
-        generate_rmc.main(["--checkpoint", str(tmp_path), "--no-unk", "--outf", "-"])

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from training import cuda_graphs, runs, trainer
+from training.cuda_graphs import CapturedStep, capture_together
+
 import pytest
 import torch
 from conftest import write_corpus
@@ -19,8 +22,6 @@ import train_rnn
 from layers import softmax
 from layers.softmax import AdaptiveSoftmax, FullSoftmax
 from relational_rnn_general import RelationalMemory
-from training import cuda_graphs, runs, trainer
-from training.cuda_graphs import CapturedStep, capture_together
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

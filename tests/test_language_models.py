@@ -222,22 +222,6 @@ def test_config_has_the_names_of_earlier_checkpoints():
     assert build("lstm").config.keys() == both | {*rnn.split()}
 
 
-def test_config_does_not_change_with_the_callers_list():
-    cutoffs = [5, 13]
-    model = RelationalMemoryLM(V, **RMC, cutoffs=cutoffs)
-    cutoffs.append(20)
-    assert model.config["cutoffs"] == model.output_layer.cutoffs == [5, 13]
-
-
-def test_arguments_of_the_core_reach_the_core():
-    options = {"gate_style": "memory", "mem_slots": 3, "num_blocks": 2, "attention_mlp_layers": 4}
-    options |= {"key_size": 5, "forget_bias": 2.0, "input_bias": -1.0, "head_size": 9, "num_heads": 7}
-    core = build("rmc", **options).core
-    assert {name: getattr(core, name) for name in options} == options
-    with pytest.raises(TypeError, match="mem_slot"):
-        RelationalMemoryLM(V, mem_slot=2)
-
-
 def test_default_models_have_the_published_sizes():
     """Parameters counted by hand for WikiText-2's vocabulary."""
     words, emb, width, qkv = 33278, 192, 768, 4 * (64 + 64 + 192)
@@ -348,17 +332,6 @@ def test_lstm_without_bfloat16_runs_in_float32_and_warns_once(no_bfloat16_lstm, 
         torch.manual_seed(2)
         assert torch.equal(model.recur(embedded, state)[0], expected[0])
         model.recur(embedded, state.bfloat16())  # a state saved by a machine with a bfloat16 LSTM
-
-
-def test_autocast_stays_on_where_the_lstm_runs(monkeypatch):
-    layer = nn.LSTM(2, 3)
-    monkeypatch.setattr(fused, "lstm_runs_in", lambda dtype, device: True)
-    with torch.autocast("cpu", dtype=torch.bfloat16), fused.fused_precision(layer):
-        assert torch.is_autocast_enabled("cpu")
-    monkeypatch.setattr(fused, "lstm_runs_in", lambda dtype, device: False)
-    for module, enabled in ((layer, False), (nn.GRU(2, 3), True)):
-        with torch.autocast("cpu", dtype=torch.bfloat16), fused.fused_precision(module):
-            assert torch.is_autocast_enabled("cpu") == enabled
 
 
 @pytest.mark.filterwarnings("ignore:torch has no bfloat16 LSTM")

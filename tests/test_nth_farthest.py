@@ -1,11 +1,12 @@
 """train_nth_farthest.py: its flags, training, curriculum, scores and what a run leaves behind."""
 
 import json
-import math
-import os
 import signal
 import sys
 from pathlib import Path
+
+from training import checkpoints, devices, runs
+from training.trainer import Trainer
 
 import pytest
 import torch
@@ -13,8 +14,6 @@ import torch.nn.functional as F
 
 import train_nth_farthest as script
 from nth_farthest import NthFarthestModel, loss_and_correct, make_batch
-from training import checkpoints, console, devices, runs
-from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 # A run that takes a second; all sizes differ.
@@ -94,7 +93,7 @@ def interrupt(monkeypatch):
             take(self)
             if self.at.step == step:
                 monkeypatch.setattr(Trainer, "step", take)
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(Trainer, "step", patched)
 
@@ -105,24 +104,15 @@ def interrupt(monkeypatch):
 
 
 def test_every_flag_reaches_the_model():
-    flags = (
-        "--memslots 3 --headsize 9 --numheads 5 --numblocks 2 --forgetbias 0.5 --inputbias -0.5 --keysize 6 "
-    )
-    flags += (
-        "--gatestyle memory --attmlplayers 4 --nhid 77 --outputlayers 7 --outputunits 33 --input-scale 1.5 "
-    )
-    flags += "--memory_scale 8 --num-vectors 10 --num-dims 32"
+    flags = "--memslots 3 --headsize 9 --numheads 5 --numblocks 2 --forgetbias 0.5 --inputbias -0.5 "
+    flags += "--keysize 6 --gatestyle memory --attmlplayers 4 --nhid 77 --outputlayers 7 --outputunits 33 "
+    flags += "--input-scale 1.5 --memory_scale 8 --num-vectors 10 --num-dims 32"
     model = script.build_model(script.build_parser().parse_args(flags.split()))
     expected = {"mem_slots": 3, "head_size": 9, "num_heads": 5, "num_blocks": 2, "forget_bias": 0.5}
     expected |= {"input_bias": -0.5, "key_size": 6, "gate_style": "memory", "attention_mlp_layers": 4}
-    expected |= {
-        "hidden_size": 77,
-        "head_layers": 7,
-        "head_units": 33,
-        "input_scale": 1.5,
-        "memory_scale": 8.0,
-    }
-    assert model.config == expected | {"num_vectors": 10, "num_dims": 32, "model": "rmc"}
+    expected |= {"hidden_size": 77, "head_layers": 7, "head_units": 33, "input_scale": 1.5}
+    expected |= {"memory_scale": 8.0, "num_vectors": 10, "num_dims": 32, "model": "rmc"}
+    assert model.config == expected
     assert {name: getattr(model.core, name) for name in expected if hasattr(model.core, name)}.items() <= (
         expected.items()
     )
@@ -139,26 +129,6 @@ def test_defaults_are_the_papers():
     model, core = script.build_model(args), script.build_model(args).core
     assert (core.mem_slots, core.num_heads, core.head_size, core.num_blocks) == (8, 8, 32, 1)
     assert model.config == {**NthFarthestModel().config, "key_size": None}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--total-units 1000", "multiple of --memslots x --numheads = 64, got 1000. Try 1024"),
-        ("--total-units 2048 --headsize 32", "--total-units and --headsize cannot be combined"),
-        ("--evaluate no-such-folder", "no-such-folder is not the folder of an earlier run: it is missing"),
-        ("--curriculum-dims 1 17", "--curriculum-dims must not exceed --num-dims, which is 16, got 17"),
-        ("--curriculum-vectors 9", "--curriculum-vectors must not exceed --num-vectors, which is 8, got 9"),
-        ("--curriculum-vectors 2 4 --curriculum-dims 8", "one number each per stage, got 2 and 1 numbers"),
-        ("--num-vectors 1", "--num-vectors: must be 2 or more, got 1"),
-        ("--target-accuracy 2", "--target-accuracy: must be above 0 and at most 1"),
-        ("--model gru", "--model: invalid choice"),
-    ],
-)
-def test_mistakes_have_a_message_and_leave_no_folder(flags, message, tmp_path):
-    with pytest.raises(console.UserError, match=message):
-        script.main([*flags.split(), "--runs-folder", str(tmp_path)])
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- training
@@ -247,15 +217,6 @@ def test_bf16_is_for_training_and_not_for_measuring():
     assert seen[0] == torch.bfloat16 and set(seen[1:]) == {torch.float32}
 
 
-@pytest.mark.parametrize("flags", [["--bf16"], ["--model", "lstm", "--nhid", 6, "--accumulate", 11]])
-def test_bf16_lstm_and_pieces_train(tmp_path, flags):
-    status, folder = train(tmp_path, "--steps", 5, *flags)
-    assert status == 0
-    found = weights(folder)
-    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in found.values())
-    assert ("core.weight_hh_l0" in found) == ("lstm" in flags)
-
-
 # ---- the curriculum
 
 
@@ -308,16 +269,6 @@ def test_resume_equals_uninterrupted(tmp_path, interrupt, stop, stages, capsys):
     assert found == expected
 
 
-def test_finished_run_can_be_lengthened(tmp_path, capsys):
-    _, whole = train(tmp_path, "--steps", 10, name="whole")
-    _, parts = train(tmp_path, "--steps", 5, name="parts")
-    capsys.readouterr()
-    resume(parts)
-    assert "nothing to train: the run is finished. To train longer, raise --epochs" in capsys.readouterr().out
-    resume(parts, "--steps", "10")
-    assert_same_weights(weights(parts), weights(whole))
-
-
 def test_resume_on_another_kind_of_device_draws_other_examples(tmp_path, capsys):
     """Generators of CPUs and GPUs cannot take over each other's states."""
     _, folder = train(tmp_path, "--steps", 5)
@@ -328,16 +279,6 @@ def test_resume_on_another_kind_of_device_draws_other_examples(tmp_path, capsys)
     assert "the run was on another device (cuda)" in capsys.readouterr().err
     seen = trainer.task.next_batch()[0][0]
     assert not torch.equal(seen, build().task.next_batch()[0][0])
-
-
-def test_stop_before_the_first_report_offers_no_best_model(tmp_path, interrupt, capsys):
-    interrupt(3)
-    status, folder = train(tmp_path, "--steps", 100)
-    output = capsys.readouterr().out
-    assert status == 130 and "stopped by SIGINT at step 3" in output and "--resume" in output
-    assert "best" not in output and "--evaluate" not in output
-    with pytest.raises(console.UserError, match="no best.pt yet.*Resume the run"):
-        script.main(["--evaluate", str(folder)])
 
 
 def test_stop_after_ends_a_session_with_status_0(tmp_path, capsys):
@@ -409,17 +350,6 @@ def test_killed_run_compares_with_the_score_in_best_pt(tmp_path, score, lost):
     assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["best_step"] == best["step"]
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    _, folder = train(tmp_path, "--steps", 5)
-    good = weights(folder)
-    monkeypatch.setattr(
-        script, "loss_and_correct", lambda *x: (loss_and_correct(*x)[0] * math.nan, loss_and_correct(*x)[1])
-    )
-    with pytest.raises(console.UserError, match="has diverged.*lower --lr"):
-        resume(folder, "--steps", "10")
-    assert_same_weights(weights(folder), good)
-
-
 # ---- --evaluate and pictures
 
 
@@ -460,13 +390,12 @@ def test_evaluate_takes_its_precision_from_the_run(tmp_path, monkeypatch, strict
 # ---- learning
 
 
-@pytest.mark.timeout(600)  # some 15 seconds on an idle core
 def test_the_core_leaves_the_plateau_and_the_lstm_does_not(tmp_path):
     """Three points on a line: a model that knows only the nearest (m itself) scores 2/3."""
-    flags = ["--num-vectors", 3, "--num-dims", 1, "--outputunits", 64, "--batch-size", 64, "--lr", 0.001]
-    flags += ["--test-examples", 2000, "--log-interval", 50, "--input-scale", 3]
-    core = ["--memslots", 3, "--numheads", 2, "--headsize", 16, "--memory-scale", 6]
-    beyond = 0.72  # 5 standard deviations above 2/3
+    flags = ["--num-vectors", 3, "--num-dims", 1, "--outputlayers", 2, "--outputunits", 64, "--lr", 0.006]
+    flags += ["--batch-size", 256, "--test-examples", 1000, "--log-interval", 25, "--input-scale", 3]
+    core = ["--memslots", 3, "--numheads", 2, "--headsize", 8, "--memory-scale", 6]
+    beyond = 0.74  # 5 standard deviations above 2/3
 
     _, folder = train(tmp_path, *flags, *core, "--steps", 1600, "--target-accuracy", beyond, name="rmc")
     accuracies = [event["test_accuracy"] for event in events(folder, "train")]

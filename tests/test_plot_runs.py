@@ -3,11 +3,11 @@
 import json
 import sys
 
+from training.console import UserError
+
 import plot_runs
 import pytest
 import run_files
-
-from training.console import UserError
 
 
 def make_run(root, name, script, events, **arguments):
@@ -24,26 +24,14 @@ def nth_farthest_run(root, name, K=8, D=16, accuracies=(0.13, 0.25, 0.6), **argu
         {"event": "train", "step": 100 * i, "seconds": 30.0 * i, "loss": 2.0 / i, "test_accuracy": accuracy}
         for i, accuracy in enumerate(accuracies, start=1)
     ]
-    return make_run(
-        root,
-        name,
-        "train_nth_farthest",
-        events,
-        **{"num_vectors": K, "num_dims": D, "model": "rmc", **arguments},
-    )
+    more = {"num_vectors": K, "num_dims": D, "model": "rmc", **arguments}
+    return make_run(root, name, "train_nth_farthest", events, **more)
 
 
 def language_run(root, name, script, perplexities=(300.0, 200.0, 150.0), **arguments):
     events = [
-        {
-            "event": "valid",
-            "epoch": i,
-            "step": 9 * i,
-            "seconds": 120.0 * i,
-            "ppl": ppl,
-            "train_ppl": ppl and ppl / 2,
-        }
-        for i, ppl in enumerate(perplexities, start=1)
+        {"event": "valid", "epoch": i, "step": i, "seconds": 120.0 * i, "ppl": p, "train_ppl": p and p / 2}
+        for i, p in enumerate(perplexities, start=1)
     ]
     return make_run(root, name, script, events, **arguments)
 

@@ -112,15 +112,6 @@ def test_word_dropout_equals_a_masked_matrix(masks):
     torch.testing.assert_close(*found, **EXACT)
 
 
-def test_nothing_is_drawn_in_evaluation_or_with_probability_zero(masks):
-    x, words = torch.randn(T, B, E), torch.randint(V, (T, B))
-    state = torch.get_rng_state()
-    for p, training in ((0.5, False), (0.0, True)):
-        assert regularisation.dropout(x, p, training, locked=True) is x
-        assert regularisation.drop_words(x, words, V, p, training) is x
-    assert not masks and torch.equal(torch.get_rng_state(), state)
-
-
 # ---- in the models
 
 

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
+from training.console import UserError
+
 import pack_runs
 import pytest
 import run_files
-
-from training.console import UserError
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 EVENTS = [

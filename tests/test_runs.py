@@ -3,28 +3,23 @@
 FUZZ_EXAMPLES=20000 lets hypothesis try so many inputs.
 """
 
-import contextlib
+import concurrent.futures
 import json
 import math
 import os
 import shlex
 import signal
-import threading
-
-import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from training import flags, runs
 from training.console import UserError
 
+import pytest
+import torch
+from conftest import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
+
 DEEP = "[" * 200_000 + "]" * 200_000
-fuzz = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
 
 
 # ---- run folders
@@ -35,17 +30,8 @@ def create(root, name, script="train_rmc", **record):
 
 
 def test_folders_of_runs_started_in_the_same_second_have_different_plain_names(tmp_path):
-    folders = []
-    starts = [
-        threading.Thread(
-            target=lambda number=number: folders.append(create(tmp_path / "a" / "runs", None, n=number))
-        )
-        for number in range(8)
-    ]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        folders = list(pool.map(lambda n: create(tmp_path / "a" / "runs", None, n=n), range(8)))
     assert {runs.read_json(folder / "args.json")["n"] for folder in folders} == set(range(8))
     for folder in folders:
         assert folder.name.startswith("train_rmc-2") and not set(folder.name) & set(": /\\")
@@ -71,13 +57,6 @@ def test_other_names_are_refused(tmp_path, name):
     assert os.listdir(tmp_path) == []
 
 
-def test_empty_folder_of_the_name_is_neither_replaced_nor_called_a_run(tmp_path):
-    (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match="exists already. Choose another --name.$"):
-        create(tmp_path, "a")
-    assert os.listdir(tmp_path / "a") == []
-
-
 def test_runs_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot create a run folder in .*file: File exists"):
@@ -91,18 +70,6 @@ def test_runs_folder_that_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="Read-only file system. Choose another --runs-folder"):
             create(tmp_path, "run")
     assert os.listdir(tmp_path) == ["file"]
-
-
-def test_newest_run_has_the_latest_best_model_of_the_scripts(tmp_path):
-    scripts = {"a": '{"script": "train_rmc"}', "b": '{"script": "train_rnn"}', "other": '{"script": "nth"}'}
-    for age, (name, text) in enumerate({**scripts, "deep": DEEP, "list": "[]", "broken": "{"}.items()):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "args.json").write_text(text)
-        (tmp_path / name / "best.pt").write_bytes(b"")
-        os.utime(tmp_path / name / "best.pt", (1000 + age, 1000 + age))
-    assert runs.newest_run(tmp_path, ("train_rmc", "train_rnn")) == tmp_path / "b"
-    assert runs.newest_run(tmp_path, ("missing",)) is None
-    assert runs.newest_run(tmp_path / "none", ("train_rmc",)) is None
 
 
 def test_discarding_keeps_files_of_the_user(tmp_path):
@@ -248,17 +215,6 @@ JSON = st.recursive(
 )
 
 
-@fuzz
-@given(change=st.dictionaries(st.sampled_from(["width", "bias", "seed", "name", "cuda"]), JSON), whole=JSON)
-def test_any_args_json_is_read_or_refused(change, whole, tmp_path):
-    good = {"script": "script", "arguments": vars(parse())}
-    for record in ({**good, "arguments": {**good["arguments"], **change}}, whole):
-        (tmp_path / "args.json").write_text(json.dumps(record))
-        with contextlib.suppress(UserError):
-            args = resume(tmp_path)
-            assert args.width >= 1 and math.isfinite(args.bias) and args.cuda in (True, False)
-
-
 # ---- log.jsonl
 
 
@@ -287,25 +243,8 @@ def test_resumed_log_is_read_as_one_run(tmp_path):
     log.write("resume", step=2)
     log.write("valid", step=2, loss=7.2)  # the save at step 2 was before the validation, which is repeated
     log.write("train", step=3, loss=3.2)
-    events = [(event["event"], event["step"], event.get("loss")) for event in runs.read_log(log.path)]
-    assert events == [
-        ("train", 1, 1.1),
-        ("train", 2, 2.1),
-        ("valid", 2, 7.2),
-        ("resume", 2, None),
-        ("train", 3, 3.2),
-    ]
-
-
-def test_log_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    log = runs.RunLog(tmp_path / "run" / "log.jsonl")
-    (tmp_path / "run").rename(tmp_path / "away")
-    log.write("train", step=1)
-    assert "could not write to" in capsys.readouterr().err
-    (tmp_path / "away").rename(tmp_path / "run")
-    log.write("train", step=2)
-    assert [event["step"] for event in runs.read_log(log.path)] == [2]
+    kept = [event["loss"] for event in runs.read_log(log.path) if event["event"] != "resume"]
+    assert kept == [1.1, 2.1, 7.2, 3.2]
 
 
 LINES = (
@@ -318,7 +257,7 @@ LINES = (
 )
 
 
-@fuzz
+@fuzz(60)
 @given(lines=st.lists(LINES, max_size=6))
 def test_any_log_is_read(lines, tmp_path):
     good = [b'{"event": "train", "step": -1e400}', b'{"event": "last", "step": 1e400}']

@@ -3,28 +3,26 @@
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import write_corpus
-
-import train_rmc
-import train_rnn
-from layers import regularisation
 from training import checkpoints, flags, language_modelling, runs
 from training.console import UserError
 from training.distributed import ALONE
 from training.language_flags import choose_softmax
 from training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
+import pytest
+import torch
+from conftest import write_corpus
+from same_runs import assert_same_checkpoint, assert_same_run, numbers
+
+import train_rmc
+import train_rnn
+from layers import regularisation
+
 SIZES = {
     train_rmc: "--emsize 12 --headsize 5 --numheads 2 --keysize 3 --memslots 2",
     train_rnn: "--emsize 12 --nhid 14 --nlayers 2",
@@ -43,57 +41,17 @@ def run(script, corpus, runs_folder, *argv):
     return status, max(runs_folder.iterdir(), key=lambda folder: folder.stat().st_ctime)
 
 
-def numbers(folder):
-    """Return the log without times, and without the traces of interruptions."""
-    times = ("seconds", "ms_per_batch", "forward_ms_per_batch", "tokens_per_second")
-    return [
-        {key: value for key, value in event.items() if key not in times}
-        for event in runs.read_log(folder / "log.jsonl")
-        if event["event"] in ("train", "valid", "test")
-    ]
+def interrupt_at(monkeypatch, step):
+    """Send this process SIGINT when a trainer has taken `step` steps."""
+    take = Trainer.step
 
-
-def flatten(value, name=""):
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from flatten(item, f"{name}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from flatten(item, f"{name}[{i}]")
-    else:
-        yield name, value
-
-
-def assert_same_checkpoint(one, other, ignoring=("seconds", ".args.")):
-    """Compare two files bit for bit, except for times and arguments."""
-    a, b = (dict(flatten(checkpoints.load_checkpoint(path))) for path in (one, other))
-    assert a.keys() == b.keys()
-    for name in a:
-        if not any(word in name for word in ignoring):
-            same = torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
-            assert same, name
-
-
-def assert_same_run(one, other):
-    for name in ("last.pt", "best.pt"):
-        assert_same_checkpoint(one / name, other / name)
-    assert numbers(one) == numbers(other)
-
-
-def interrupt_at(monkeypatch, step, number=signal.SIGINT, during=(Trainer, "step")):
-    """Send this process a signal when a trainer has taken `step` steps, or in another method at that step."""
-    owner, name = during
-    original = getattr(owner, name)
-
-    def interrupted(self, *arguments):
-        trainer = self if owner is Trainer else arguments[0]
-        result = original(self, *arguments) if name == "step" else None
+    def interrupted(trainer):
+        take(trainer)
         if trainer.at.step == step:
-            monkeypatch.setattr(owner, name, original)  # once
-            os.kill(os.getpid(), number)
-        return result if name == "step" else original(self, *arguments)
+            monkeypatch.setattr(Trainer, "step", take)  # once
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(owner, name, interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
 
 
 # ---- whole runs
@@ -118,16 +76,10 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
     assert [event["epoch"] for event in train] == [1] * 3 + [2] * 3 + [3] * 4
     assert train[0]["loss"] < 1.1 * math.log(23)  # tied embeddings at N(0, 1) start over three times higher
     assert valid[-1]["ppl"] < 12 < 23 / 2 + 1
-    assert list(train[0]) == [
-        "event", "epoch", "step", "lr", "loss", "ppl", "ms_per_batch", "forward_ms_per_batch",
-        "tokens_per_second", "grad_norm", "seconds",
-    ]  # fmt: skip
+    assert {"lr", "tokens_per_second", "grad_norm", "seconds"} < train[0].keys()
     for event in train:
         assert event["ppl"] == pytest.approx(math.exp(event["loss"]))
         assert event["ms_per_batch"] > event["forward_ms_per_batch"] > 0 and event["tokens_per_second"] > 0
-    assert list(valid[0]) == [
-        "event", "epoch", "step", "lr", "loss", "ppl", "train_loss", "train_ppl", "seconds"
-    ]  # fmt: skip
     weights = [75 * 14, 75 * 14, 2379 - 150 * 14]  # targets in the reports of the first epoch
     mean = sum(w * event["loss"] for w, event in zip(weights, train, strict=False)) / 2379
     assert valid[0]["train_loss"] == pytest.approx(mean)
@@ -137,12 +89,10 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
     assert events[-1]["best_epoch"] == best["scores"]["epoch"]
 
     record = json.loads((folder / "args.json").read_text())
-    assert record["script"] == script.__name__ and record["command_line"][:2] == SMALL[script][:2]
     assert record["parameters"] == sum(w.numel() for w in best["model"].values()) - (
         script is train_rmc and best["model"]["embedding.weight"].numel()  # its softmax is tied
     )
     assert record["corpus"]["train"] == 2380 and record["corpus"]["words"] == 22
-    assert record["arguments"]["threads"] >= 1  # what was chosen
 
 
 def test_same_seed_same_run_and_another_seed_another(corpus_folder, tmp_path):
@@ -194,35 +144,6 @@ def test_resume_equals_uninterrupted(script, more, corpus_folder, tmp_path, monk
         assert average["started"] and average["steps"] > 0
 
 
-def test_resume_keeps_the_state_of_the_plateau(corpus_folder, tmp_path, monkeypatch):
-    """The learning rate is halved after epoch 8, whether or not the run was stopped before."""
-    losses = {step: loss for step, loss in enumerate([3.0, *[4.0] * 8, 3.5], start=1)}
-    evaluate = language_modelling.LanguageModelling.evaluate
-
-    def known(task, trainer, split, *arguments):
-        if split == "test":
-            return evaluate(task, trainer, split, *arguments)
-        return losses[task.position.epoch]
-
-    monkeypatch.setattr(language_modelling.LanguageModelling, "evaluate", known)
-    argv = ["--bptt", "200", "--epochs", "9"]
-    _, whole = run(train_rnn, corpus_folder, tmp_path / "whole", *argv)
-    interrupt_at(monkeypatch, 5)
-    _, folder = run(train_rnn, corpus_folder, tmp_path / "parts", *argv)
-    assert train_rnn.main(["--resume", str(folder)]) == 0
-    assert_same_run(whole, folder)
-    assert [e["lr"] for e in numbers(folder) if e["event"] == "valid"] == [0.01] * 7 + [0.005] * 2
-
-
-def test_resume_after_an_interrupt_during_validation(corpus_folder, tmp_path, monkeypatch):
-    _, whole = run(train_rnn, corpus_folder, tmp_path / "whole", "--epochs", "2")
-    interrupt_at(monkeypatch, STEPS, during=(language_modelling.LanguageModelling, "evaluate"))
-    status, folder = run(train_rnn, corpus_folder, tmp_path / "parts", "--epochs", "2")
-    assert status == 130 and not (folder / "best.pt").exists()
-    assert train_rnn.main(["--resume", str(folder)]) == 0
-    assert_same_run(whole, folder)
-
-
 def test_resume_for_more_epochs(corpus_folder, tmp_path, capsys):
     _, whole = run(train_rnn, corpus_folder, tmp_path / "whole", "--epochs", "3")
     _, folder = run(train_rnn, corpus_folder, tmp_path / "parts", "--epochs", "1")
@@ -238,16 +159,6 @@ def test_resume_for_more_epochs(corpus_folder, tmp_path, capsys):
     assert "nothing to train" in capsys.readouterr().out
 
 
-def test_resume_of_a_run_killed_before_its_first_save_starts_again(corpus_folder, tmp_path):
-    _, whole = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "1", "--name", "whole")
-    killed = tmp_path / "runs" / "killed"
-    killed.mkdir()
-    (killed / "args.json").write_bytes((whole / "args.json").read_bytes())
-    (killed / "log.jsonl").write_text('{"event": "train", "step": 5, "loss": 9.9}\n{"event": "tr')
-    assert train_rnn.main(["--resume", str(killed)]) == 0
-    assert_same_run(whole, killed)
-
-
 def test_ctrl_c_saves_tests_the_best_model_and_shows_how_to_resume(
     corpus_folder, tmp_path, monkeypatch, capsys
 ):
@@ -259,63 +170,6 @@ def test_ctrl_c_saves_tests_the_best_model_and_shows_how_to_resume(
     assert "To resume: python " in output and f"train_rmc.py --resume {folder}" in output
     event = runs.read_log(folder / "log.jsonl")[-1]
     assert event["event"] == "interrupt" and event["best_epoch"] == 1 and event["loss"] > 0
-    interrupt_at(monkeypatch, 3)
-    assert run(train_rmc, corpus_folder, tmp_path / "runs", "--epochs", "3")[0] == 130
-    assert "no epoch is finished" in capsys.readouterr().out
-
-
-def test_other_signals_save_and_end_without_a_test(corpus_folder, tmp_path, monkeypatch, capsys):
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        interrupt_at(monkeypatch, STEPS + 3, number)
-        argv = ["--epochs", "3", "--name", number.name]
-        status, folder = run(train_rnn, corpus_folder, tmp_path / "runs", *argv)
-        assert status == 128 + number and "best model" not in capsys.readouterr().out
-        assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"] == STEPS + 3
-
-
-def start_in_a_process(folder, *argv):
-    command = [sys.executable, str(ROOT / "train_rnn.py"), *SMALL[train_rnn], *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
-
-
-def test_ctrl_c_as_a_shell_sees_it(corpus_folder, tmp_path):
-    process = start_in_a_process(tmp_path, "--data", str(corpus_folder), "--epochs", "100000")
-    try:
-        for line in process.stdout:
-            if "(best)" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and "Traceback" not in errors and "stopping after this step" in errors
-    assert "test loss" in output
-    command = output.partition("To resume: ")[2].strip()
-    assert re.fullmatch(r"python \S+train_rnn.py --resume runs/train_rnn-[0-9-]+", command)
-    assert (tmp_path / shlex.split(command)[1]).samefile(ROOT / "train_rnn.py")
-
-
-def test_a_run_killed_while_it_saves_resumes_to_the_same_end(corpus_folder, tmp_path):
-    """Saving at every step, killed without warning."""
-    argv = ["--data", str(corpus_folder), "--epochs", "4", "--name", "run"]
-    assert train_rnn.main([*SMALL[train_rnn], *argv, "--runs-folder", str(tmp_path / "whole")]) == 0
-    process = start_in_a_process(tmp_path, *argv, "--save-every", "0.000001")
-    try:
-        for line in process.stdout:
-            if line.startswith("epoch 2"):
-                break
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    whole, killed = tmp_path / "whole" / "run", tmp_path / "runs" / "run"
-    assert 0 < checkpoints.load_checkpoint(killed / "last.pt")["position"]["step"] < 4 * STEPS
-    (killed / ".last.pt.left.tmp").write_bytes(b"half a checkpoint")
-    assert train_rnn.main(["--resume", str(killed), "--save-every", "0"]) == 0
-    assert sorted(os.listdir(killed)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
-    assert_same_run(whole, killed)
 
 
 # ---- files of a run that are missing, foreign or altered
@@ -364,8 +218,6 @@ def test_a_finished_run_without_best_pt_says_so_and_can_train_on(copied):
     (folder / "best.pt").unlink()
     with pytest.raises(UserError, match="best.pt is missing"):
         train_rnn.main(["--resume", str(folder)])
-    with pytest.raises(UserError, match="no best.pt in"):
-        train_rnn.main(["--evaluate", str(folder)])
     last = checkpoints.load_checkpoint(folder / "last.pt")
     last["position"]["best_score"] = 0.125  # better than what the next epoch reaches
     checkpoints.save_checkpoint(folder / "last.pt", last)
@@ -485,7 +337,6 @@ def test_evaluate_on_another_text_requires_vocab_from_train(finished, tmp_path, 
         (other / "train.txt").write_text("quite another text\n")
         with pytest.raises(UserError, match=f"has another one.*{advice}"):
             train_rnn.main(["--evaluate", str(folder), "--data", str(other)])
-    assert "--vocab-from train" in " ".join(train_rnn.build_parser().format_help().split())
 
 
 def test_a_text_that_has_moved_can_be_named(finished, tmp_path):
@@ -500,84 +351,55 @@ def test_a_text_that_has_moved_can_be_named(finished, tmp_path):
 
 # ---- flags
 
+BOTH = "--locked-dropout --dropout-words 0.2 --dropout-weights 0.3 --adaptivesoftmax --cutoffs 7 20"
+OF_BOTH = {"locked_dropout": True, "dropout_words": 0.2, "dropout_weights": 0.3, "cutoffs": [7, 20]}
 REACHED = [
-    (train_rmc, "--emsize 9", lambda m: m.embedding.embedding_dim, 9),
-    (train_rmc, "--memslots 5", lambda m: m.core.mem_slots, 5),
-    (train_rmc, "--headsize 6", lambda m: m.core.head_size, 6),
-    (train_rmc, "--numheads 3", lambda m: m.core.num_heads, 3),
-    (train_rmc, "--numblocks 2", lambda m: m.core.num_blocks, 2),
-    (train_rmc, "--forgetbias -0.5", lambda m: m.core.forget_bias, -0.5),
-    (train_rmc, "--inputbias 0.25", lambda m: m.core.input_bias, 0.25),
-    (train_rmc, "--gatestyle memory", lambda m: m.core.gate_style, "memory"),
-    (train_rmc, "--gatestyle none", lambda m: m.core.gate_style, None),
-    (train_rmc, "--gatestyle None", lambda m: m.core.gate_style, None),
-    (train_rmc, "--attmlplayers 4", lambda m: m.core.attention_mlp_layers, 4),
-    (train_rmc, "--keysize 8", lambda m: m.core.key_size, 8),
-    (train_rmc, "--keysize 0", lambda m: m.core.key_size, 5),
-    (train_rmc, "--dropout 0.3", lambda m: (m.dropout_input, m.dropout_output), (0.3, 0.3)),
-    (train_rmc, "--dropout-input 0.1", lambda m: (m.dropout_input, m.dropout_output), (0.1, 0.5)),
-    (train_rmc, "--dropout-output 0", lambda m: (m.dropout_input, m.dropout_output), (0.5, 0)),
-    (train_rmc, "--dropout-candidate 0.2", lambda m: m.config["dropout_candidate"], 0.2),
-    (train_rnn, "--model GRU", lambda m: type(m.rnn), torch.nn.GRU),
-    (train_rnn, "--model RNN_RELU", lambda m: m.rnn.nonlinearity, "relu"),
-    (train_rnn, "--model RNN_TANH", lambda m: m.rnn.nonlinearity, "tanh"),
-    (train_rnn, "--emsize 9", lambda m: m.embedding.embedding_dim, 9),
-    (train_rnn, "--nhid 15", lambda m: m.rnn.hidden_size, 15),
-    (train_rnn, "--nlayers 3", lambda m: m.rnn.num_layers, 3),
-    (train_rnn, "--dropout 0.3", lambda m: (m.dropout_input, m.rnn.dropout, m.dropout_output), (0.3,) * 3),
-    (train_rnn, "--dropout-hidden 0", lambda m: (m.dropout_input, m.rnn.dropout), (0.5, 0)),
-    (train_rnn, "--dropout-candidate 0.2", lambda m: m.config["dropout_candidate"], 0.2),
-    (train_rnn, "--nhid 12 --tied", lambda m: m.output_layer.weight is m.embedding.weight, True),
-    (train_rnn, "--nhid 12", lambda m: m.output_layer.weight is m.embedding.weight, False),
-    (train_rnn, "--project", lambda m: m.projection.weight.shape, (12, 14)),
-    (train_rnn, "--cudnn", lambda m: m.fused, True),
-    (train_rnn, "--no-cudnn", lambda m: m.fused, False),
-    *(
-        (script, *case)
-        for script in SIZES
-        for case in (
-            ("--adaptivesoftmax --cutoffs 7 20", lambda m: m.config["cutoffs"], [7, 20]),
-            ("--locked-dropout", lambda m: m.locked_dropout, True),
-            ("--dropout-words 0.2", lambda m: m.dropout_words, 0.2),
-            ("--dropout-weights 0.2", lambda m: m.dropout_weights, 0.2),
-        )
+    (
+        train_rmc,
+        f"--emsize 9 --memslots 5 --headsize 6 --numheads 3 --numblocks 2 --forgetbias -0.5 --inputbias 0.25 "
+        f"--gatestyle memory --attmlplayers 4 --keysize 8 --dropout-candidate 0.1 --dropout-output 0 {BOTH}",
+        {"embedding_size": 9, "mem_slots": 5, "head_size": 6, "num_heads": 3, "num_blocks": 2}
+        | {"forget_bias": -0.5, "input_bias": 0.25, "gate_style": "memory", "attention_mlp_layers": 4}
+        | {"key_size": 8, "dropout_candidate": 0.1, "dropout_input": 0.5, "dropout_output": 0} | OF_BOTH,
     ),
-]
+    (train_rmc, "--gatestyle None --dropout 0.3", {"gate_style": None, "dropout_input": 0.3}),
+    (train_rmc, "--dropout 0.3 --dropout-input 0.1", {"dropout_input": 0.1, "dropout_output": 0.3}),
+    (
+        train_rnn,
+        f"--model GRU --emsize 9 --nhid 15 --nlayers 3 --project --dropout-hidden 0.1 --cudnn {BOTH}",
+        {"model": "GRU", "embedding_size": 9, "hidden_size": 15, "num_layers": 3, "project": True}
+        | {"dropout_hidden": 0.1, "dropout_input": 0.5, "fused": True} | OF_BOTH,
+    ),
+    (train_rnn, "--model RNN_RELU", {"model": "RNN_RELU", "nonlinearity": "relu"}),
+    (train_rnn, "--dropout 0.3", {"dropout_input": 0.3, "dropout_hidden": 0.3, "dropout_output": 0.3}),
+    (train_rnn, "--dropout-candidate 0.2 --no-cudnn", {"dropout_candidate": 0.2, "fused": False}),
+    (train_rnn, "--nhid 12 --tied", {"tied": True}),
+]  # fmt: skip
 
 
-def test_flags_reach_the_model():
-    for script, line, look, expected in REACHED:
-        args = script.build_parser().parse_args(f"{SIZES[script]} {line}".split())
-        model = script.build_model(args, 50, choose_softmax(args, 50))
-        assert look(model) == expected, (script.__name__, line)
+@pytest.mark.parametrize("script, line, expected", REACHED)
+def test_flags_reach_the_model(script, line, expected):
+    args = script.build_parser().parse_args(f"{SIZES[script]} {line}".split())
+    model = script.build_model(args, 50, choose_softmax(args, 50))
+    part = model.core if script is train_rmc else model.rnn
+    for name, value in expected.items():
+        assert model.config.get(name, value) == value == getattr(part, name, value), name
 
 
 def test_flags_reach_the_training_loop(corpus_folder, tmp_path):
     """Those that tests/test_lm_training.py does not compare with a plain loop."""
 
-    def trainer(line):
-        parser = train_rnn.build_parser()
-        args = parser.parse_args(f"{SIZES[train_rnn]} --batch-size 14 {line}".split())
-        args.data = str(corpus_folder)
-        script = language_modelling.script("train_rnn", "rnn", parser, train_rnn.build_model, {})
-        made = script.build(args, torch.device("cpu"), ALONE)
-        made.train(tmp_path)
-        return made
-
-    def steps(kind):
-        return [event["step"] for event in runs.read_log(tmp_path / "log.jsonl") if event["event"] == kind]
-
-    made = trainer("--bptt 17 --epochs 2 --log-interval 3")
-    assert (made.at.step, steps("train"), steps("valid")) == (20, [3, 6, 9, 10, 12, 15, 18, 20], [10, 20])
-    made = trainer("--bptt 200 --epochs 1 --eval-batch-size 4")
-    event = runs.read_log(tmp_path / "log.jsonl")[-1]
+    line = "--batch-size 14 --bptt 200 --epochs 1 --eval-batch-size 4 --average nt-asgd --average-trigger 7"
+    parser = train_rnn.build_parser()
+    args = parser.parse_args([*SIZES[train_rnn].split(), *line.split(), "--data", str(corpus_folder)])
+    script = language_modelling.script("train_rnn", "rnn", parser, train_rnn.build_model, {})
+    trainer = script.build(args, torch.device("cpu"), ALONE)
+    trainer.train(tmp_path)
+    assert (trainer.task.average.decay, trainer.task.average.patience) == (None, 7)
+    loss = runs.read_log(tmp_path / "log.jsonl")[-1]["loss"]
     for columns, equal in ((4, True), (5, False)):
-        again = language_modelling.evaluate(made.model, made.task.corpus.valid, columns, 9, "cpu")
-        assert (abs(event["loss"] - again) < 1e-6) == equal
-    average = trainer("--bptt 200 --epochs 1 --average nt-asgd --average-trigger 7").task.average
-    assert (average.decay, average.patience) == (None, 7)
-    made = trainer("--bptt 200 --epochs 1 --bf16 --threads 1 --seed 5")
-    assert made.args.threads == torch.get_num_threads() == 1 and made.args.bf16
+        again = language_modelling.evaluate(trainer.model, trainer.task.corpus.valid, columns, 9, "cpu")
+        assert (abs(loss - again) < 1e-6) == equal
 
 
 @SCRIPTS

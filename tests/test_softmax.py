@@ -68,13 +68,6 @@ def test_chunked_cross_entropy_and_gradients_equal_the_definition(rows, with_bia
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, bias, targets), results[0], **EXACT)
 
 
-def test_ignored_targets_add_no_loss_and_no_gradient():
-    leaves = doubles(ROWS, E), doubles(V, E), doubles(V)
-    nats = linear_cross_entropy(*leaves, torch.full((ROWS,), -100))
-    assert nats.item() == 0
-    assert all(not gradient.any() for gradient in torch.autograd.grad(nats, leaves))
-
-
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_label_with_vanishing_probability_has_its_exact_loss(dtype, with_bias):
@@ -114,11 +107,6 @@ def test_no_tensor_of_all_tokens_by_all_words_exists():
     assert max(sizes) <= max(weight.numel(), 3 * words)
 
 
-def test_chunks_are_larger_on_a_gpu():
-    assert softmax.chunk_rows(torch.device("cuda", 1)) == 2048
-    assert softmax.chunk_rows(torch.device("meta")) == softmax.chunk_rows(torch.device("cpu")) == 3
-
-
 # ---- full softmax
 
 
@@ -150,18 +138,6 @@ def test_bfloat16_is_summed_in_float32():
 
 
 # ---- both
-
-
-@MAKE
-def test_rows_with_ignored_targets_can_be_left_out(make):
-    layer = make().double()
-    hidden, targets = doubles(ROWS, E), torch.randint(V, (ROWS,))
-    targets[[1, 4]] = -100
-    kept = targets >= 0
-    whole, part = layer(hidden, targets), layer(hidden[kept], targets[kept])
-    torch.testing.assert_close(whole, part, **EXACT)
-    leaves = (hidden, *layer.parameters())
-    torch.testing.assert_close(torch.autograd.grad(whole, leaves), torch.autograd.grad(part, leaves), **EXACT)
 
 
 @MAKE

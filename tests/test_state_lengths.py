@@ -3,6 +3,8 @@
 import csv
 import math
 
+from training.console import UserError
+
 import pytest
 import state_lengths
 import torch
@@ -10,7 +12,6 @@ import torch
 import train_rnn
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from training.console import UserError
 
 V = 29
 MODELS = {
@@ -59,22 +60,6 @@ def test_a_length_beyond_the_text_is_the_whole_text_and_its_bin_is_empty():
     assert [row.targets_between for row in rows] == [19, 0, 0] and math.isnan(rows[2].loss_between)
     last = state_lengths.table(rows, 1.0, 1).splitlines()[-2].split()
     assert last == ["1,000", f"{math.exp(rows[2].loss):.2f}", "19", "|", "501-1,000", "-", "0"]
-
-
-def test_the_table_labels_bins_by_the_words_in_them():
-    rows = [
-        state_lengths.StateLength(words, math.log(9 - k), 12_345, math.log(7 - k), 1000 * (k + 1))
-        for k, words in enumerate((1, 10, 11, 2000))
-    ]
-    lines = state_lengths.table(rows, math.log(3.5), 4).splitlines()
-    assert lines[1].split("|")[1].split() == ["every", "2,000", "ppl", "targets"]
-    assert [line.split() for line in lines[2:]] == [
-        ["1", "9.00", "12,345", "|", "1", "7.00", "1,000"],
-        ["10", "8.00", "12,345", "|", "2-10", "6.00", "2,000"],
-        ["11", "7.00", "12,345", "|", "11", "5.00", "3,000"],
-        ["2,000", "6.00", "12,345", "|", "12-2,000", "4.00", "4,000"],
-        ["never", "3.50", "(4", "columns)"],
-    ]
 
 
 def test_the_tool_measures_a_trained_run_on_its_own_corpus(corpus_folder, tmp_path, capsys):

@@ -12,26 +12,23 @@ Sections (--only):
     step     one time step of one sequence, as generation and control need it, against nn.LSTMCell
     memory   peak memory of a training step, each variant in its own process
 
-All variants of a table take turns, round after round, in rotating order: a busy or throttled machine slows
-them alike. Times are medians with smallest and largest. A ratio is the median of the ratios within each
-round. A training step is forward, backward, gradient clipping and Adam. Word frequencies are like a text's.
+All variants of a table take turns, round after round, in rotating order: a busy machine slows them alike.
+Times are medians with smallest and largest; a ratio is the median of the ratios within each round. A
+training step is forward, backward, gradient clipping and Adam. Word frequencies are like a text's. "naive" is
+the plain core with embedding and softmax inside the time loop and an Adam that is not fused.
 
-"naive" is the plain core with embedding and softmax inside the time loop and an Adam that is not fused.
-
-The floor is the matrix products of the best arrangement known, on tensors made beforehand, without softmax,
-norms, gates, dropout or optimiser. Forward:
-    * from the input to queries, keys, values and gates, all time steps at once, with the two weight matrices
-      multiplied beforehand where that is cheaper;
-    * per time step: queries, keys and values, the MLP, the memory's part of the gates, and with several slots
-      the two batched products of attention;
-    * the output layer in chunks (adaptive: only the rows of each cluster), or the Nth-farthest model's head.
-A training step adds two products for each: the gradient of the input, and the gradient of the weight over all
-time steps at once.
+The floor is the matrix products of the best arrangement known, without softmax, norms, gates, dropout or
+optimiser. Forward, it is the products from the input to queries, keys, values and gates of all time steps at
+once (with the two weight matrices multiplied beforehand where that is cheaper); per time step those of
+queries, keys and values, the MLP, the memory's part of the gates and, with several slots, attention; and the
+output layer in chunks (adaptive: the rows of each cluster) or the Nth-farthest model's head. A training step
+adds the gradient of each input, and the gradient of each weight over all time steps at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import json
@@ -44,6 +41,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from typing import NamedTuple
+
+from training import console, devices, flags, runs
 
 import _project
 import torch
@@ -54,7 +54,6 @@ from layers.softmax import choose_cutoffs
 from relational_rnn_fast import FastRelationalMemory
 from relational_rnn_general import RelationalMemory
 from rnn_models import RNNLM
-from training import console, devices, flags, runs
 
 SECTIONS = ("lm", "nth", "core", "step", "memory")
 SHORTEST_SAMPLE = 0.02  # seconds; several calls make one sample of a faster function
@@ -105,21 +104,18 @@ NTH = Task(1600, 8, None, False, 192, 8, 32, 8, 32, 2, 512)
 TINY = Task(32, 32, 121, False, 128, 1, 32, 4, 32, 2, 256)  # train_rmc.py --recipe tiny
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What is measured, and for how long: seconds after which a table gets no further round, 0 = no limit."""
 
     language_models: tuple[Task, ...]
-    nth: Task
-    tiny: Task
     rounds: int
     seconds: float
+    nth: Task = NTH
+    tiny: Task = TINY
 
 
-FULL = Plan(
-    tuple(Task(b, t, adaptive=a) for b, t in ((32, 35), (64, 100)) for a in (False, True)), NTH, TINY, 7, 0
-)
-QUICK = Plan(tuple(Task(16, 20, 10000, a) for a in (False, True)), replace(NTH, batch=100), TINY, 5, 2)
+FULL = Plan(tuple(Task(b, t, adaptive=a) for b, t in ((32, 35), (64, 100)) for a in (False, True)), 7, 0)
+QUICK = Plan(tuple(Task(16, 20, 10000, a) for a in (False, True)), 5, 2, replace(NTH, batch=100))
 
 
 # ---- what is timed
@@ -234,8 +230,8 @@ class Product:
     """
 
     def __init__(
-        self, device: torch.device, rows: int, width: int, out: int, steps: int = 1,
-        input_grad: bool = True, chunk: int | None = None,
+        self, device: torch.device, rows: int, width: int, out: int, steps: int = 1, input_grad: bool = True,
+        chunk: int | None = None,
     ):  # fmt: skip
         self.rows, self.chunk, self.has_input_grad = rows, chunk or max(rows, 1), input_grad
         self.inputs = torch.randn(steps, rows, width, device=device)
@@ -410,17 +406,12 @@ class Bench:
         samples = self.measure(calls)
         against = [label for label in (FLOOR, LSTM, NAIVE) if label in calls]
         columns = ["ms", *(["per second"] if items else []), *(f"x {label}" for label in against)]
-        lines = [
-            f"\n**{title}**\n",
-            "| variant | " + " | ".join(columns) + " |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
+        rows = []
         for label, own in samples.items():
-            cells = [label, spread(own)]
-            cells += [f"{1000 * items / median(own):,.0f}"] if items else []
-            cells += [f"{ratio(own, samples[other]):.2f}" for other in against]
-            lines.append(f"| {' | '.join(cells)} |")
-        console.say("\n".join(lines))
+            per_second = [f"{1000 * items / median(own):,.0f}"] if items else []
+            rows.append([label, spread(own), *per_second])
+            rows[-1] += [f"{ratio(own, samples[other]):.2f}" for other in against]
+        say_table(title, ["variant", *columns], rows)
         calls.clear()  # a model and its captured graphs refer to each other
         gc.collect()
 
@@ -444,15 +435,12 @@ class Bench:
         for label, kind in ((RMC, FastRelationalMemory), (PLAIN, RelationalMemory)):
             core = kind(input_size=task.input_size, return_all_outputs=True, **task.core).to(self.device)
 
-            def forward(core: nn.Module = core) -> None:
-                with torch.no_grad():
-                    core(inputs)
-
-            def backward(core: nn.Module = core) -> None:
+            def train(core: nn.Module = core) -> None:
                 core.zero_grad()
                 core(inputs)[0].sum().backward()
 
-            calls |= {f"{label}: forward": forward, f"{label}: forward and backward": backward}
+            forward = torch.no_grad()(functools.partial(core, inputs))
+            calls |= {f"{label}: forward": forward, f"{label}: forward and backward": train}
         self.table(f"the core alone, {task.batch} x {task.steps}", calls, task.batch * task.steps)
 
     @torch.no_grad()
@@ -467,16 +455,12 @@ class Bench:
 
     def memory(self, tasks: Sequence[Task]) -> None:
         """Print the table of peak memory."""
-        lines = [
-            "\n**peak memory of a training step**\n",
-            "| task | variant | MB | MB above start |",
-            "|---" * 4 + "|",
-        ]
+        rows = []
         for task in tasks:
             for variant in (NAIVE, PLAIN, RMC, LSTM) if task.vocab_size else (PLAIN, RMC, LSTM):
                 peak, start = self.peak(task, variant)
-                lines.append(f"| {task} | {variant} | {peak:,.0f} | {peak - start:,.0f} |")
-        console.say("\n".join(lines))
+                rows.append([str(task), variant, f"{peak:,.0f}", f"{peak - start:,.0f}"])
+        say_table("peak memory of a training step", ["task", "variant", "MB", "MB above start"], rows)
 
     def peak(self, task: Task, variant: str, tree: Path | None = None) -> tuple[float, float]:
         """Return the peak of two training steps in a process of its own, and its start, in MB.
@@ -501,23 +485,23 @@ class Bench:
 
     def compare(self, folder: Path) -> None:
         """Print the table of RMC training steps of this tree against those of another checkout."""
-        other = import_tree(folder)
-        lines = [
-            f"\n**RMC training step of this tree against {folder}**\n",
-            "| task | ms here | ms there | ratio | peak MB here | peak MB there | ratio |", "|---" * 7 + "|",
-        ]  # fmt: skip
+        other, rows = import_tree(folder), []
         for task in (*self.plan.language_models, self.plan.tiny, self.plan.nth):
             print(f"... {task}", file=sys.stderr, flush=True)
-            trees = {"here": self.modules, "there": other}
-            calls: Calls = {k: Model(task, RMC, self.device, self.bf16, m).train for k, m in trees.items()}
-            times = self.measure(calls)
+            here, there = (Model(task, RMC, self.device, self.bf16, m).train for m in (self.modules, other))
+            times = self.measure({"here": here, "there": there})
+            here, there = times["here"], times["there"]
             peaks = [self.peak(task, RMC, tree)[0] for tree in (None, folder)]
-            lines.append(
-                f"| {task} | {spread(times['here'])} | {spread(times['there'])} | "
-                f"{ratio(times['here'], times['there']):.3f} | {peaks[0]:,.0f} | {peaks[1]:,.0f} | "
-                f"{peaks[0] / peaks[1]:.2f} |"
-            )
-        console.say("\n".join(lines))
+            rows.append([str(task), spread(here), spread(there), f"{ratio(here, there):.3f}"])
+            rows[-1] += [f"{peak:,.0f}" for peak in peaks] + [f"{peaks[0] / peaks[1]:.2f}"]
+        columns = ["task", "ms here", "ms there", "ratio", "peak MB here", "peak MB there", "ratio"]
+        say_table(f"RMC training step of this tree against {folder}", columns, rows)
+
+
+def say_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table with its title."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    console.say("\n".join([f"\n**{title}**\n", lines[0], "|---" * len(columns) + "|", *lines[1:]]))
 
 
 def spread(samples: Sequence[float]) -> str:
@@ -533,29 +517,25 @@ def ratio(own: Sequence[float], other: Sequence[float]) -> float:
 
 
 def import_tree(folder: Path) -> SimpleNamespace:
-    """Import the RMC models of another checkout, beside those of this one.
-
-    Modules of this project are taken out of sys.modules meanwhile, and put back.
-    """
+    """Import the RMC models of another checkout, beside those of this one."""
     if not (folder / "relational_rnn_models.py").is_file():
         raise console.UserError(f"{folder} has no relational_rnn_models.py. Give a checkout of this project.")
+    roots = {_project.FOLDER, folder.resolve()}
 
-    def from_folder(root: Path) -> dict[str, object]:
-        """Return the loaded modules that lie in a folder, except those of a virtual environment in it."""
+    def loaded() -> dict[str, object]:
+        """Return the loaded modules of both checkouts, except those of a virtual environment in them."""
         paths = {name: Path(getattr(module, "__file__", None) or "/") for name, module in sys.modules.items()}
-        inside = [
-            n for n, path in paths.items() if root in path.parents and "site-packages" not in path.parts
-        ]
+        inside = {n for n, p in paths.items() if roots & set(p.parents) and "site-packages" not in p.parts}
         return {name: sys.modules[name] for name in inside}
 
-    own = from_folder(_project.FOLDER)
+    own = loaded()
     sys.path.insert(0, str(folder.resolve()))
     for name in own:
         del sys.modules[name]
     try:
         return import_models()
     finally:
-        for name in from_folder(folder.resolve()):
+        for name in loaded():
             del sys.modules[name]
         sys.path.remove(str(folder.resolve()))
         sys.modules.update(own)
@@ -615,8 +595,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cuda and args.clock == "cpu":
         parser.error("--clock cpu cannot time a GPU: use --clock wall")
     device = devices.choose_device(args.cuda)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     devices.keep_freed_memory()
     bench = Bench(args, device)
     console.say(bench.header(args.clock))

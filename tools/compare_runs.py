@@ -24,11 +24,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from training import console, flags
+
 import _project  # noqa: F401
 import run_files
 from run_files import Run
-
-from training import console, flags
 
 TEST_EXAMPLES = 3200  # of the Nth-farthest test set
 

@@ -13,10 +13,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from training import console, files, flags
+
 import _project  # noqa: F401
 import run_files
-
-from training import console, files, flags
 
 
 def pack(folder: Path) -> str:

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from training import console, files, flags
+from training.console import UserError
+
 import _project  # noqa: F401
 import run_files
 from run_files import Run
-
-from training import console, files, flags
-from training.console import UserError
 
 PAPER_ACCURACY = 0.91  # 8 vectors of 16 dimensions: arXiv:1806.01822, section 5.1
 # Name of a horizontal axis: the axis label, and the field of an event with the factor that gives its value.
@@ -38,11 +38,7 @@ AXES = {
 
 
 def import_pyplot() -> Any:
-    """Return matplotlib.pyplot, set to draw into files.
-
-    Raises:
-        UserError: matplotlib is missing or broken.
-    """
+    """Return matplotlib.pyplot, set to draw into files; UserError if it cannot be imported."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # training machines often have no screen
     try:
         import matplotlib.pyplot as plt
@@ -154,16 +150,11 @@ def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
 
 
 def draw_runs(paths: Sequence[Path], path: Path, against: Sequence[str] | None = None) -> int:
-    """Draw the curves of runs into a PNG. Return the number of runs.
+    """Draw the curves of runs into a PNG and return the number of runs. Raise UserError if it cannot be done.
 
     Args:
         paths: as run_files.read_runs takes them; all language models or all Nth farthest.
-        path: the PNG to write.
         against: keys of AXES; None for epochs and wall time, or steps and wall time for Nth farthest.
-
-    Raises:
-        UserError: no matplotlib, no run to draw, both kinds of run, an axis that the runs do not have, or a
-            file that cannot be written.
     """
     plt = import_pyplot()
     found = run_files.read_runs(paths)

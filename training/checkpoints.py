@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from training.console import UserError, first_line, is_out_of_memory, warn
 from training.devices import without_memory
 from training.files import atomic_write
 from training.runs import VERSION, read_log
+
+import torch
+from torch import nn
 
 CHECKPOINT_FORMAT = 1  # increases when older code can no longer read the contents
 

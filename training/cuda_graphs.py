@@ -10,10 +10,10 @@ import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from training.console import first_line, is_out_of_memory
+
 import torch
 from torch import Tensor
-
-from training.console import first_line, is_out_of_memory
 
 # Eager calls before the capture. In them, libraries initialise and the optimiser creates its state.
 WARMUP_CALLS = 3

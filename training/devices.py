@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.console import UserError, first_line
+
 import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-
-from training.console import UserError, first_line
 
 # ---- devices
 

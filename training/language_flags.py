@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from layers.softmax import choose_cutoffs
 from training import flags
 from training.console import UserError
 from training.flags import option, switch
 from training.schedule import PATIENCE
+
+from layers.softmax import choose_cutoffs
 
 
 def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:

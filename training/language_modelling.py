@@ -16,6 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training import checkpoints, devices, distributed, flags, runs
+from training.console import Interrupts, Progress, UserError, say, warn
+from training.distributed import ALONE, Processes
+from training.language_flags import choose_softmax
+from training.trainer import Interrupted, Script, Task, Trainer
+
 import torch
 from torch import Tensor
 
@@ -24,11 +30,6 @@ from layers.language_model import LanguageModel, perplexity
 from layers.regularisation import WeightAverage, parameter_groups, window_stops
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from training import checkpoints, devices, distributed, flags, runs
-from training.console import Interrupts, Progress, UserError, say, warn
-from training.distributed import ALONE, Processes
-from training.language_flags import choose_softmax
-from training.trainer import Interrupted, Script, Task, Trainer
 
 MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
 SCRIPTS = ("train_rmc", "train_rnn")

@@ -24,11 +24,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from training.console import UserError, command, warn
 from training.files import atomic_write
+
+import numpy as np
+import torch
 
 try:
     import fcntl

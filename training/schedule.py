@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from training.console import warn
+
+import torch
 
 # More than PATIENCE epochs in a row without a better validation loss halve the plateau's learning rate.
 PATIENCE = 5

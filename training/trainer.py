@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from training import checkpoints, console, devices, distributed, flags, runs
 from training.console import UserError, say, warn
 from training.cuda_graphs import capture_together
 from training.distributed import FlatGradients, Processes
 from training.schedule import LearningRate
+
+import torch
+from torch import Tensor, nn
 
 
 @dataclass
