@@ -189,7 +189,6 @@ class NthFarthestModel(nn.Module):
         """Return the memory before the first step, (B, mem_slots, mem_size)."""
         return self.core.initial_state(batch_size) * self.memory_scale
 
-    @torch.no_grad()
     def attention(self, inputs: Tensor) -> Tensor:
         """Return the first block's attention weights, (B, T, heads, rows, rows), from inputs (B, T, F).
 
@@ -198,11 +197,7 @@ class NthFarthestModel(nn.Module):
         """
         if isinstance(self.core, nn.LSTM):
             raise ValueError("an LSTM has no attention weights; use model='rmc'")
-        memory, steps = self.initial_memory(inputs.size(0)), []
-        for step_input in self.scaled(inputs).unbind(dim=1):
-            memory, details = self.core.step(step_input, memory, return_details=True)
-            steps.append(details.attention[0])
-        return torch.stack(steps, dim=1)
+        return self.core.inspect(self.scaled(inputs), self.initial_memory(len(inputs))).attention[0]
 
 
 @torch.no_grad()

@@ -281,6 +281,14 @@ def test_resume_on_another_kind_of_device_draws_other_examples(tmp_path, capsys)
     assert not torch.equal(seen, build().task.next_batch()[0][0])
 
 
+def test_stop_before_the_first_report_offers_no_best_model(tmp_path, interrupt, capsys):
+    interrupt(3)
+    status, folder = train(tmp_path, "--steps", 100)
+    output = capsys.readouterr().out
+    assert status == 130 and "stopped by SIGINT at step 3" in output and "--resume" in output
+    assert "best" not in output and "--evaluate" not in output
+
+
 def test_stop_after_ends_a_session_with_status_0(tmp_path, capsys):
     status, folder = train(tmp_path, "--steps", 1_000_000, "--stop-after", 0.01)
     output = capsys.readouterr().out
