@@ -43,9 +43,9 @@ from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import _project
 from training import console, devices, flags, runs
 
-import _project
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -24,9 +24,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _project  # noqa: F401
 from training import console, flags
 
-import _project  # noqa: F401
 import run_files
 from run_files import Run
 

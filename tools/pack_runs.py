@@ -13,9 +13,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import _project  # noqa: F401
 from training import console, files, flags
 
-import _project  # noqa: F401
 import run_files
 
 

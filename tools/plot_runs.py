@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _project  # noqa: F401
 from training import console, files, flags
 from training.console import UserError
 
-import _project  # noqa: F401
 import run_files
 from run_files import Run
 

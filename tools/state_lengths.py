@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import _project  # noqa: F401
 from training import checkpoints, console, devices, files, flags
 from training.language_modelling import evaluate, find_checkpoint, load_model, load_text
 
-import _project  # noqa: F401
 import torch
 
 from data_utils import IGNORED
