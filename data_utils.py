@@ -633,7 +633,8 @@ def main(argv: list[str] | None = None) -> None:
     splits = dict(zip(SPLITS, (lines[:first], lines[first:second], lines[second:]), strict=True))
     if not all(splits.values()):
         raise UserError(
-            f"a text of {len(lines)} lines cannot be split in three. Use a text of 20 or more lines."
+            f"{args.texts[0]} has too few lines to be split in three: {len(lines) if text else 0}. Use a "
+            "text of 20 or more."
         )
     if args.vocab_size is not None:
         counts = Counter(word for line in splits["train"] for word in line if word != UNK)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import math
 import re
 import sys
@@ -269,7 +270,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text[:SHOWN].rstrip() + (" ..." if len(text) > SHOWN else ""))
         print(f"written to {args.outf}")
     else:
-        print(text, end="")
+        print(text, end="", flush=True)
+        error = getattr(sys.stdout, "error", None)
+        if error is not None and error.errno != errno.EPIPE:  # a reader such as head may stop early
+            raise UserError(
+                f"the text could not be written: {error.strerror}. Write it to a file with --outf."
+            )
     return status
 
 

@@ -401,7 +401,7 @@ def build(args: argparse.Namespace, device: torch.device, processes: Processes) 
     args.threads = devices.choose_threads(args.threads, work, device, neighbours)
     chance, plateau = 1 / args.num_vectors, 2 / args.num_vectors
     print(
-        f"task: {args.num_vectors} vectors of {args.num_dims} dimensions; chance {chance:.1%}, "
+        f"task: {args.num_vectors} vectors, dimensions: {args.num_dims}; chance {chance:.1%}, "
         f"plateau {plateau:.1%}"
     )
     task = NthFarthest(model, args, device, processes)

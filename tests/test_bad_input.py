@@ -292,8 +292,12 @@ def test_args_json_of_another_version_is_accepted(answer, tmp_path, trained):
     del record["arguments"]["average_trigger"]
     record["arguments"]["state_lengths"] = None
     (copy / "args.json").write_text(json.dumps(record))
-    assert answer("train_rnn", "--resume", copy).status == 0
-    assert json.loads((copy / "args.json").read_text())["arguments"]["average_trigger"] == 5
+    assert answer("train_rnn", "--resume", copy, "--epochs", "2").status == 0
+    found = json.loads((copy / "args.json").read_text())["arguments"]
+    assert found["average_trigger"] == 5 and found["epochs"] == 2
+    # Nothing is left to train: the longer run can still be resumed to its own end.
+    assert answer("train_rnn", "--resume", copy, "--epochs", "1").status == 0
+    assert json.loads((copy / "args.json").read_text())["arguments"]["epochs"] == 2
 
 
 # ---- memory

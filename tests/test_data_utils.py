@@ -560,7 +560,7 @@ def test_several_files_with_a_limited_vocabulary(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, flags, message",
     [
-        ("one line\n", [], "a text of 1 lines cannot be split in three. Use a text of 20 or more lines"),
+        ("one line\n", [], "too few lines to be split in three: 1. Use a text of 20 or more"),
         ("a\n" * 99, ["--vocab-size", "2"], "--vocab-size must be at least 3, got 2"),
         (gzip.compress(b"a\n", mtime=0), [], "It is a gzip file"),
     ],

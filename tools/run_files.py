@@ -134,7 +134,7 @@ def read_path(path: Path) -> list[Run]:
     Raises:
         UserError: as read_run_folder and read_study.
     """
-    study = path.parent.with_suffix(".jsonl")
+    study = path.parent.parent / f"{path.parent.name}.jsonl"
     if path.is_file():
         return read_study(path)
     if path.exists() or not study.is_file():

@@ -113,6 +113,7 @@ class LastingStream:
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
         with contextlib.suppress(AttributeError):  # not a file, as in tests
             self.stream.reconfigure(errors="backslashreplace")
+        self.error: OSError | None = None  # the first failure
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -130,6 +131,7 @@ class LastingStream:
         try:
             write()
         except OSError as error:
+            self.error = error
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())  # later writes, and the flush at exit, succeed
             os.close(null)

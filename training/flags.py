@@ -20,7 +20,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the lines of the description; omits defaults that mean "off"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False
+        silent = action.default is None or action.default is False or action.default == ""
         return action.help if silent else super()._get_help_string(action)
 
 

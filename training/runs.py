@@ -191,11 +191,14 @@ def record_of(
     }
 
 
-def note_resume(folder: Path, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any) -> None:
-    """Set the arguments in args.json to the present ones, and add an entry about this resumption."""
+def note_resume(
+    folder: Path, args: argparse.Namespace | None, argv: Sequence[str] | None, **facts: Any
+) -> None:
+    """Set the arguments in args.json to these, if any, and add an entry about this resumption."""
     remove_half_written(folder)
     record = read_json(folder / "args.json")
-    record["arguments"] = {**vars(args), "resume": None}
+    if args is not None:
+        record["arguments"] = {**vars(args), "resume": None}
     record.setdefault("resumed", []).append(
         {
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

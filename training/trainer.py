@@ -580,11 +580,10 @@ def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
     trainer.restore_best()
     step = trainer.at.step
     if processes.is_main:
-        runs.note_resume(folder, args, argv, **processes.facts)
+        # A run that is finished already keeps its arguments, of which --epochs may have been longer.
+        runs.note_resume(folder, None if trainer.task.finished(step) else args, argv, **processes.facts)
         runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
     print(f"run folder: {folder}, resumed at step {step:,}", flush=True)
     if trainer.task.finished(step):
-        print(
-            "nothing to train: the run is finished. To train longer, raise --epochs; for Nth farthest, raise "
-            "--steps, or --target-accuracy if that was reached."
-        )
+        raised = "--epochs" if hasattr(args, "epochs") else "--steps, or --target-accuracy if reached"
+        print(f"nothing to train: the run is finished. To train longer, raise {raised}.")
