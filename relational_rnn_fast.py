@@ -262,9 +262,6 @@ class _Window:
 
     def backward(self, resets, mask, memory, reset_memory, memories, kept, grad_memories, grad_last):
         """Return the gradients by memory, reset_memory, qkv_in, gate_in, rows and the weights."""
-        before = torch.cat([memory.unsqueeze(0), memories[:-1]])
-        if resets is not None:
-            before = torch.where(resets, reset_memory, before)
         steps, size = len(memories), len(kept) // len(memories)
         grad_qkv_in = memory.new_zeros(*memories.shape[:2], self.input_rows, self.heads * sum(self.sizes))
         to_given, to_gate_in, to_rows = self._by_step(grad_qkv_in), [None] * steps, [None] * steps
@@ -273,7 +270,10 @@ class _Window:
         for t in reversed(range(steps)):
             grad = carry if grad_memories is None else carry + grad_memories[t]
             saved = kept[t * size : (t + 1) * size]
-            carry, to_gate_in[t], to_rows[t] = self._step_backward(before[t], mask, saved, grad, to_given[t])
+            before = memories[t - 1] if t > 0 else memory
+            if resets is not None:
+                before = torch.where(resets[t], reset_memory, before)
+            carry, to_gate_in[t], to_rows[t] = self._step_backward(before, mask, saved, grad, to_given[t])
             if resets is not None:
                 grad_reset += carry.masked_fill(~resets[t], 0)
                 carry = carry.masked_fill(resets[t], 0)
