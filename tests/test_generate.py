@@ -1,8 +1,10 @@
 """generate_rmc.py: choosing words, carrying state, prompts, punctuation, files."""
 
+import errno
 import json
 import math
 import os
+import sys
 
 from training import checkpoints, language_modelling
 from training.console import UserError
@@ -239,6 +241,19 @@ def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tra
     for outf in (tmp_path, tmp_path / "none" / "text.txt"):
         with pytest.raises(UserError, match="cannot write .*Give a file"):
             generate_rmc.main(["--checkpoint", str(trained["rnn"]), "--outf", str(outf)])
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.ENOSPC, True), (errno.EPIPE, False)])
+def test_text_that_is_lost_on_standard_output_is_an_error_unless_its_reader_stopped(
+    trained, monkeypatch, number, refused
+):
+    monkeypatch.setattr(sys.stdout, "error", OSError(number, "lost"), raising=False)
+    argv = ["--checkpoint", str(trained["rnn"] / "best.pt"), "--outf", "-", "--words", "2"]
+    if refused:
+        with pytest.raises(UserError, match="could not be written: lost"):
+            generate_rmc.main(argv)
+    else:
+        assert generate_rmc.main(argv) == 0
 
 
 def test_bad_checkpoints_are_refused(trained, tmp_path):

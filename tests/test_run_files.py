@@ -88,6 +88,7 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path):
     (make_run(tmp_path / "half") / "args.json").unlink()
     for path, message in [
         (tmp_path / "absent", "absent does not exist"),
+        (Path("absent"), "absent does not exist"),  # a path of one part
         (tmp_path / "empty", "no usable run found"),
         (tmp_path / "half", "it has no args.json"),
         (odd, "line 1 is not a run .KeyError"),
