@@ -28,9 +28,10 @@ RAW = {f"/raw/{split}.txt": text for split, text in TEXTS.items()}
 
 def zipped(texts, folder="wikitext-2/"):
     package = io.BytesIO()
-    with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(package, "w") as file:
         for split, text in texts.items():
-            file.writestr(f"{folder}wiki.{split}.tokens", text)
+            # A ZipInfo has a fixed date, so the archive and its checksum are the same in every process.
+            file.writestr(zipfile.ZipInfo(f"{folder}wiki.{split}.tokens"), text)
     return package.getvalue()
 
 
