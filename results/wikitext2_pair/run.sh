@@ -34,7 +34,7 @@ full_lstm=(--emsize 184 --nhid 960 --project --tied --cudnn) # 10,733,894
 # The rate of `changes`: the best of small_rates, or of two that are level the lower one.
 declare -A rate=([rmc]=8e-3 [lstm]=16e-3) half=([rmc]=4e-3 [lstm]=8e-3) double=([rmc]=16e-3 [lstm]=32e-3)
 # The best rates of `changes` and of `rates`.
-declare -A seeds_rate=([rmc]=8e-3 [lstm]=16e-3) pair_rate=([rmc]=4e-3 [lstm]=8e-3)
+declare -A seeds_rate=([rmc]=4e-3 [lstm]=8e-3) pair_rate=([rmc]=4e-3 [lstm]=4e-3)
 
 run() { # run SIZE MODEL NAME FLAGS...
     local script=train_rmc
@@ -78,7 +78,7 @@ changes() {
 seeds() {
     for seed in 1 2 3; do
         run small "$1" "seeds-$1-$seed" "${small[@]}" --data wikitext-2 --epochs 3 --warmup 200 \
-            --lr "${seeds_rate[$1]}" --seed "$seed"
+            --eval-batch-size 4 --lr "${seeds_rate[$1]}" --seed "$seed"
     done
 }
 
@@ -89,8 +89,8 @@ rates() {
 }
 
 pair() {
-    run full "$1" "pair-$1-${SEED:-1}" --data wikitext-2 --epochs "${EPOCHS:-5}" --warmup 500 --dropout 0.4 \
-        --lr "${pair_rate[$1]}" --seed "${SEED:-1}"
+    run full "$1" "pair-$1-${SEED:-1}" --data wikitext-2 --epochs "${EPOCHS:-5}" --warmup 500 --dropout 0.3 \
+        --eval-batch-size 4 --lr "${pair_rate[$1]}" --seed "${SEED:-1}"
 }
 
 if (($#)); then
