@@ -2,7 +2,8 @@
 
 A corpus is a folder with train.txt, valid.txt and test.txt in UTF-8. Words are what `str.split` returns, a
 line ends at a line feed, and every line, blank or not, ends in one `<eos>` token. A line that already ends in
-the word `<eos>` gets no second one. Byte order marks and carriage returns are ignored.
+the word `<eos>` gets no second one. Byte order marks at the start of a line or inside a word are removed.
+Carriage returns count as white space.
 
 This command makes a corpus, here data/book, from any text:
 
@@ -331,7 +332,7 @@ def load_cache(path: Path) -> Corpus | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a foreign file can raise anything
-        warn(f"the corpus cache {path} is damaged or foreign ({first_line(error)}): building it again")
+        warn(f"the corpus cache {path} cannot be used ({first_line(error)}); it is rebuilt")
         return None
 
 

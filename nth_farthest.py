@@ -65,7 +65,7 @@ def make_batch(
 
     Returns:
         inputs: (B, K, F) float32.
-        targets: (B,) int64, the labels that answer.
+        targets: (B,) int64, the labels that are the answers.
 
     Raises:
         ValueError: a size below 1.

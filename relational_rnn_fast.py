@@ -10,9 +10,9 @@ Three things make it fast:
     * The backward pass is written by hand (_Scan, _Window). It computes the gradient of a recurrent weight in
       products over many time steps; one small product per step would read and write the whole weight T times.
 
-The hand-written pass knows plain linear layers and layer norms. If something else is in their place, if they
-have hooks, and under torch.func, torch.compile, torch.export and torch.jit.trace, the class runs the loop of
-RelationalMemory.
+The hand-written pass supports only plain linear layers and layer norms. The class runs the loop of
+RelationalMemory if a layer was replaced or has hooks, for a single step without gradients, and under
+torch.func, torch.compile, torch.export and torch.jit.trace.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from torch.nn.utils import parametrize
 
 from relational_rnn_general import NORM_EPSILON, AttentionBlock, RelationalMemory, RowMLP
 
-# On a CPU, the rows of errors that wait for one product of the backward pass. On other devices, those of the
-# whole window wait.
+# On a CPU, the backward pass computes a weight's gradient each time this many rows have accumulated. On other
+# devices, it does so once per window.
 WAITING_ROWS = 512
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ class FastRelationalMemory(RelationalMemory):
         return memories.flatten(2).transpose(0, 1), last, before
 
     def _can_scan(self, inputs: Tensor) -> bool:
-        """Whether the hand-written pass can serve this call. If not, warn, unless torch is tracing."""
+        """Return whether the hand-written pass is used; warn if hooks, layers or transforms prevent it."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or inputs.size(0) == 0:
             return False
         if inputs.size(1) == 1 and not torch.is_grad_enabled():
@@ -89,13 +89,13 @@ class FastRelationalMemory(RelationalMemory):
             FastRelationalMemory._warned = True
             warnings.warn(
                 f"FastRelationalMemory runs the slower loop of RelationalMemory because {reason}. The "
-                "results are right. This warning is shown once.",
+                "results are correct. This warning is shown once.",
                 stacklevel=4,
             )
         return reason is None
 
     def _obstacle(self) -> str | None:
-        """Say why the hand-written pass would not compute what calls of the submodules do, or return None."""
+        """Return why the hand-written pass would differ from calling the submodules, or None."""
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
         if _has_any_global_hook():
@@ -217,7 +217,7 @@ class _Scan(torch.autograd.Function):
         grads = [g for g in (grad_memories, grad_last) if g is not None]
         if torch.is_grad_enabled() or any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
             raise RuntimeError(
-                "FastRelationalMemory has no second derivatives and no batched gradients. Use "
+                "FastRelationalMemory does not support second derivatives or batched gradients. Use "
                 "RelationalMemory, which loads the same state_dict."
             )
         resets, mask, memory, reset_memory, memories, *rest = ctx.saved_tensors
@@ -261,7 +261,7 @@ class _Window:
         return memories
 
     def backward(self, resets, mask, memory, reset_memory, memories, kept, grad_memories, grad_last):
-        """Return the gradients by memory, reset_memory, qkv_in, gate_in, rows and the weights."""
+        """Return the gradients of memory, reset_memory, qkv_in, gate_in, rows and the weights."""
         steps, size = len(memories), len(kept) // len(memories)
         grad_qkv_in = memory.new_zeros(*memories.shape[:2], self.input_rows, self.heads * sum(self.sizes))
         to_given, to_gate_in, to_rows = self._by_step(grad_qkv_in), [None] * steps, [None] * steps
@@ -316,9 +316,9 @@ class _Window:
         return [*saved, candidate, squashed, gates]
 
     def _step_backward(self, memory, mask, saved, grad, to_given):
-        """From the gradient by the memory after a step, return those by memory, gate_in and rows.
+        """Return the gradients of memory, gate_in and rows from that of the memory after a step.
 
-        The gradient by the input rows' features is written to to_given.
+        The gradient of the input rows' features is written to to_given.
         """
         grad_z = grad if mask is None else grad * mask
         carry = to_gate_in = None
@@ -377,7 +377,7 @@ class _Window:
         return z.view(len(own), -1, self.width), kept
 
     def _block_backward(self, index, memory, kept, grad_z, to_given):
-        """From the gradient by a block's rows, return those by its source (B, S, D) and by its residual."""
+        """Return the gradients of a block's source (B, S, D) and residual from that of its rows."""
         block, batch = self.blocks[index], len(memory)
         source, qkv, attention = kept[0], kept[1:4], kept[4:8]
         residual, summed, layers = kept[8:11], kept[11:14], kept[14:]
@@ -428,7 +428,7 @@ class _Linear:
         return torch.mm(inputs.to(self.weight.dtype), self.transposed) + bias
 
     def backward(self, errors: Tensor, inputs: Tensor) -> Tensor:
-        """Return the gradient by the inputs. Errors and inputs wait for the gradient by the weight."""
+        """Return the gradient of the inputs; store errors and inputs for the gradient of the weight."""
         self.errors.append(errors)
         self.inputs.append(inputs)
         self.rows += len(errors)
@@ -447,7 +447,7 @@ class _Linear:
             self.bias_grad += errors.sum(0)
 
     def gradients(self) -> list[Tensor]:
-        """The gradient by the weight, and by the bias if there is one."""
+        """Return the gradients of the weight and, if there is one, of the bias."""
         if self.rows > 0:
             self._multiply()
         return [self.weight_grad] if self.bias is None else [self.weight_grad, self.bias_grad]
@@ -466,7 +466,7 @@ class _Norm:
         return torch.native_layer_norm(inputs, self.shape, self.gain, self.shift, NORM_EPSILON)
 
     def backward(self, grad: Tensor, inputs: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-        """Return the gradient by the inputs."""
+        """Return the gradient of the inputs."""
         grad_inputs, gain_grad, shift_grad = aten.native_layer_norm_backward(
             grad, inputs, self.shape, mean, scale, self.gain, self.shift, (True, True, True)
         )
@@ -475,7 +475,7 @@ class _Norm:
         return grad_inputs
 
     def gradients(self) -> list[Tensor]:
-        """The gradients by gain and shift."""
+        """Return the gradients of gain and shift."""
         return [torch.stack(self.gain_grads).sum(0), torch.stack(self.shift_grads).sum(0)]
 
 
@@ -492,7 +492,7 @@ def _attend_pair(sizes, own, key_in, value_in):
 
 
 def _attend_pair_backward(query, key, value, weight, grad_update, to_key_in, to_value_in):
-    """Return the gradient by own, (B, H, 2K + V); write those by key_in and value_in to the last two."""
+    """Return the gradient of own, (B, H, 2K + V); write those of key_in and value_in to the last two."""
     grad_update = grad_update.view_as(value)
     score = aten.sigmoid_backward((grad_update * value).sum(-1, keepdim=True), weight)
     to_key, to_value = score * query, grad_update * weight
@@ -507,7 +507,7 @@ def _attend(sizes, own, given, queries):
     The rows' features are own (B, S, H, 2K + V) and, unless None, given (B, M, H, 2K + V).
 
     Returns the update (B, Q, H, V) and, for the backward pass: queries, keys, values and weights, with batch
-    and heads in one dimension. The weights are (B * H, R, Q): on a CPU, products and softmax are faster so.
+    and heads in one dimension. The weights are (B * H, R, Q): on a CPU this order is the faster one.
     """
     query, key, value = own.transpose(1, 2).split(sizes, dim=-1)  # (B, H, S, K or V)
     if given is not None:
@@ -521,7 +521,7 @@ def _attend(sizes, own, given, queries):
 
 
 def _attend_backward(heads, query, key, value, weights, grad_update, to_given):
-    """Return the gradient by own, (B, S, H, 2K + V); write the one by given to to_given unless it is None."""
+    """Return the gradient of own, (B, S, H, 2K + V); write that of given to to_given unless it is None."""
     grad_update = grad_update.unflatten(-1, (heads, -1)).transpose(1, 2).reshape(*query.shape[:2], -1)
     score = torch.bmm(value, grad_update.transpose(1, 2))
     score = aten._softmax_backward_data(score, weights, 1, score.dtype)

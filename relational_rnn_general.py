@@ -17,7 +17,7 @@ Departures from the paper, all taken from the original module:
     * A layer norm is applied to the projected queries, keys and values: one norm over all features of a row.
     * The gates read tanh(memory) where eqs. 4 and 5 read the hidden state. Their two biases (forget_bias and
       input_bias) are fixed numbers that are added to learned ones.
-    * The blocks share the attention MLP. The query/key/value projection and the norms belong to one block.
+    * The blocks share the attention MLP. Each block has its own query/key/value projection and norms.
 The input projection, the MLP (no ReLU after its last layer) and the norms all work on single rows. Therefore
 no parameter depends on mem_slots, and permuting the slots of the memory permutes the slots of the result.
 """
@@ -75,7 +75,7 @@ class AttentionBlock(nn.Module):
         Returns:
             The new rows (B, R, D) and the attention weights (B, H, R, R).
         """
-        dtype = rows.dtype  # what autocast may lower returns to this type
+        dtype = rows.dtype  # results whose precision autocast has lowered are converted back to it
         qkv = self.qkv_norm(self.qkv_projection(rows).to(dtype))  # (B, R, H * (2K + V))
         qkv = qkv.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, R, 2K + V)
         query, key, value = qkv.split([self.key_size, self.key_size, self.head_size], dim=-1)
@@ -347,7 +347,7 @@ class RelationalMemory(nn.Module):
         return self.blocks[0].mlp_norm.weight  # replicas of DataParallel have weights but no parameters
 
     def reset_parameters(self) -> None:
-        """Initialise as the original: weights normal with deviation 1/sqrt(fan_in), cut at two, biases 0."""
+        """Initialise as the original: weights normal, std 1/sqrt(fan_in), truncated at two std; biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 deviation = module.in_features**-0.5

@@ -2,8 +2,8 @@
 
 The inputs are labelled vectors, one per step. The answer is the label of the n-th farthest from the vector
 labelled m. The defaults are the paper's settings: 8 vectors of 16 dimensions, Adam at 1e-4, batch 1600.
-Chance is 1/8. A model that knows only that the nearest vector is m itself scores 2/8; training stays there
-for long. The paper's core ends at 91 %.
+Chance is 1/8. A model that has learned only that the nearest vector is m itself scores 2/8, and training
+stays at that level for a long time. The paper's core reaches 91 %.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def build_parser() -> flags.Parser:
     option(easier, "--curriculum-dims", flags.positive_int, None, "N",
            "dimensions in each stage before the full task: the other coordinates are 0", nargs="+")
     option(easier, "--curriculum-accuracy", flags.probability, 0.9, "P",
-           "training accuracy over a log interval that ends a stage")
+           "a stage ends when the training accuracy over a log interval reaches this")
     model = parser.add_argument_group("model")
     option(model, "--model", None, "rmc", None, "relational memory core, or LSTM baseline", choices=MODELS)
     flags.add_core_flags(model, memslots=8, headsize=32, numheads=8, attmlplayers=2, keysize=0)

@@ -16,7 +16,7 @@ from training import distributed, flags, language_flags, language_modelling, tra
 from rnn_models import LAYERS, RNNLM
 
 RECIPES = {
-    # As many weights and epochs as train_rmc.py's recipe of this name.
+    # About as many weights, and as many epochs, as train_rmc.py's recipe of this name.
     "tiny": {
         **language_flags.TINY,
         "emsize": 150,

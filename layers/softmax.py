@@ -256,8 +256,8 @@ def _softmax_at_once(scores, label, chunk, weight, bias):
     """Return the labels' log-probabilities (n, 1) and all probabilities (n, V), which overwrite the scores.
 
     On a CPU the exponentials take longer than anything but the products. They are computed once, and the
-    logarithm is taken of the labels' probabilities only. Rows where one has faded are computed again; looking
-    for these rows would make a GPU wait, so a GPU takes the plain way.
+    logarithm is taken of the labels' probabilities only. Rows in which this probability is below _FADED are
+    computed again. Looking for these rows would make a GPU wait, so on a GPU log_softmax is used.
     """
     probabilities = torch.softmax(scores, dim=1, out=scores)
     picked = probabilities.gather(1, label)

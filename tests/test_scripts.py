@@ -230,7 +230,7 @@ def test_best_pt_of_another_model_is_refused_before_training(copied):
     shutil.copy(copied / "train_rnn" / "best.pt", folder / "best.pt")
     kept = (folder / "last.pt").read_bytes()
     for more in ([], ["--epochs", "2"]):
-        with pytest.raises(UserError, match="best.pt holds another model than this run's"):
+        with pytest.raises(UserError, match="best.pt does not hold this run's model"):
             train_rmc.main(["--resume", str(folder), *more])
     assert (folder / "last.pt").read_bytes() == kept
 

@@ -3,9 +3,9 @@ paper, Santoro et al. 2018).
 
 With resets every L words, the targets of a text are cut into segments of L (the last one may be shorter), and
 each segment is read from the initial state. Target k of a segment is predicted from k words, those since the
-reset. Every target of the text is scored once for each L. Two numbers come out:
+reset. Every target of the text is scored once for each L. Two losses are measured:
 
-    loss           mean over all targets, with resets every L words: the worth of a state of at most L words
+    loss           mean over all targets, with resets every L words: the state covers at most L words
     loss_between   with resets every L_max words, the largest given length: mean over the targets that have
                    more than L' and at most L words since the reset, where L' is the next smaller length
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("model", metavar="RUN_OR_CHECKPOINT", help="run folder with a best.pt, or a checkpoint")
     add("--lengths", nargs="+", type=flags.positive_int, default=[1, 10, 100, 1000], metavar="WORDS",
-        help="reset the state every so many words")  # fmt: skip
+        help="reset the state after this many words")  # fmt: skip
     add("--data", metavar="FOLDER", help="corpus folder (default: the corpus that the model was trained on)")
     add("--eval-batch-size", "--eval_batch_size", type=flags.positive_int, default=1, metavar="N",
         help="columns of the evaluation without resets; 1 reads a split as one stream")  # fmt: skip

@@ -62,7 +62,7 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
     return torch.device("cuda", 0)
 
 
-# With fewer multiplications, a second thread does not make a training step faster.
+# With fewer multiplications, a second thread gains little on a quiet machine and costs much on a busy one.
 MULTIPLICATIONS_WORTH_A_THREAD = 5e8
 
 

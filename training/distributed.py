@@ -225,9 +225,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
     if missing:
         present = [f"{name}={environment[name]}" for name in VARIABLES if environment.get(name)]
         raise UserError(
-            f"{', '.join(present)} is set as for several processes, but {', '.join(missing)} is not. Start "
-            "with torchrun --nproc-per-node=N SCRIPT.py ..., which sets all of them, or unset them to train "
-            "in one process."
+            f"the environment sets {', '.join(present)} but not {', '.join(missing)}. Start with torchrun "
+            "--nproc-per-node=N SCRIPT.py ..., which sets all of them, or unset them to train in one process."
         )
     return Processes(*(int(environment[name]) for name in VARIABLES[:3]))
 
@@ -326,7 +325,7 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
             # the other's reason is printed.
             time.sleep(PAUSE)
             report(
-                f"lost contact to another process ({error}). It was stopped, or it did not answer within "
+                f"lost contact with another process ({error}). It was stopped, or it did not answer within "
                 "--collective-timeout. The run folder keeps its last.pt."
             )
             sys.exit(1)

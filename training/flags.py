@@ -146,7 +146,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     run = parser.add_argument_group("run")
     option(run, "--seed", seed_int, 1111, "N", "seed of all random numbers")
-    switch(run, "--cuda", "train on the GPU, on all visible ones; default: on the CPU")
+    switch(run, "--cuda", "train on all visible GPUs (default: on the CPU)")
     option(run, "--threads", thread_count, 0, "N", "CPU threads; 0 = chosen to fit model and machine")
     option(run, "--log-interval", positive_int, 100, "STEPS", "training steps between two log entries")
     option(run, "--name", None, None, None, "name of the run's folder (default: script, date and time)")

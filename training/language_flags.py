@@ -56,12 +56,13 @@ def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
            "outputs of the recurrent part")
     option(training, "--average", None, "none", None,
            "also average the weights; evaluate the average too, and save it if it is better. ema: "
-           "exponential moving average; nt-asgd: plain mean from when validation stalls (arXiv:1708.02182, "
-           "here of Adam's steps)", choices=("none", "ema", "nt-asgd"))
+           "exponential moving average; nt-asgd: plain mean, started when validation stops improving "
+           "(arXiv:1708.02182, here with Adam)", choices=("none", "ema", "nt-asgd"))
     option(training, "--average-decay", flags.fraction, 0.999, "X",
-           "ema: share of the average that a step keeps")
+           "ema: decay of the moving average per step")
     option(training, "--average-trigger", flags.positive_int, 5, "EPOCHS",
-           "nt-asgd: start when the validation loss exceeds the best one of more than this many epochs ago")
+           "nt-asgd: start averaging when the validation loss is above the best one from more than this many "
+           "epochs ago")
     option(training, "--epochs", flags.positive_int, 100, "N",
            "passes over the training text; can be changed with --resume")
     option(training, "--batch-size", flags.positive_int, 64, "N",
@@ -70,7 +71,7 @@ def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
            "tokens of a column in one step, through which gradients flow back")
     option(training, "--random-bptt", flags.non_negative_float, None, "DEVIATION",
            "windows of random length: normally distributed around --bptt, one in twenty around half of it, "
-           "with this standard deviation (5 if omitted); a step's learning rate is scaled by its length "
+           "with this standard deviation (5 if no value is given); the learning rate is scaled by the length "
            "(arXiv:1708.02182). Only windows of exactly --bptt tokens run as CUDA graphs",
            nargs="?", const=5.0)
     option(training, "--eval-batch-size", flags.positive_int, 32, "N",

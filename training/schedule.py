@@ -91,7 +91,7 @@ class LearningRate:
         self.plateau_factor, self.best_loss = float(state["plateau_factor"]), float(state["best_loss"])
         self.bad_epochs = int(state["bad_epochs"])
         if self.schedule == "cosine" and state["total_steps"] != self.total_steps:
-            warn("the run has another length than before: the learning rate jumps to the new cosine")
+            warn("the length of the run has changed: the learning rate jumps to the new cosine")
         for group in self.optimizer.param_groups:  # the run may have been on another kind of device
             group["capturable"] = self.tensors is not None
         self.set(max(step, 1))

@@ -425,7 +425,7 @@ class Trainer:
         best, own = checkpoints.load_checkpoint(path, device), self.task.describe(self.model)
         if best.get("kind") != own["kind"] or best.get("config") != own["config"]:
             raise UserError(
-                f"{path} holds another model than this run's. Put the run's own file back, or remove this "
+                f"{path} does not hold this run's model. Put the run's own file back, or remove this "
                 "one to resume without it."
             )
         return best
@@ -580,7 +580,7 @@ def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
     trainer.restore_best()
     step = trainer.at.step
     if processes.is_main:
-        # A run that is finished already keeps its arguments, of which --epochs may have been longer.
+        # args.json of a finished run keeps its arguments: its --epochs may be larger than the present one.
         runs.note_resume(folder, None if trainer.task.finished(step) else args, argv, **processes.facts)
         runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
     print(f"run folder: {folder}, resumed at step {step:,}", flush=True)
