@@ -11,7 +11,7 @@
 #   results/wikitext2_pair/run.sh pair rmc      one stage of one model (rmc or lstm); use a call for each core
 #   results/wikitext2_pair/run.sh changes rmc "mlp-1 mlp-5"     some changes only
 #
-# Settings: EPOCHS (5) and SEED (1) of the pair; OUT (runs/wikitext2_pair), MINUTES and PYTHON, see results/train.sh.
+# Settings: EPOCHS (3) and SEED (1) of the pair; OUT (runs/wikitext2_pair), MINUTES and PYTHON, see results/train.sh.
 #
 # Before the first call, make the fifth:
 #   mkdir data/wikitext-2-fifth && cp data/wikitext-2/valid.txt data/wikitext-2-fifth
@@ -89,7 +89,7 @@ rates() {
 }
 
 pair() {
-    run full "$1" "pair-$1-${SEED:-1}" --data wikitext-2 --epochs "${EPOCHS:-5}" --warmup 500 --dropout 0.3 \
+    run full "$1" "pair-$1-${SEED:-1}" --data wikitext-2 --epochs "${EPOCHS:-3}" --warmup 300 --dropout 0.3 \
         --eval-batch-size 4 --lr "${pair_rate[$1]}" --seed "${SEED:-1}"
 }
 
