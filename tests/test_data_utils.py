@@ -76,9 +76,6 @@ def test_vocabulary_round_trip_and_errors():
         vocabulary.encode(["what", "the", "is", "what"])
     with pytest.raises(UserError, match="'what'"):
         Vocabulary(["the"]).encode(["what"], allow_unknown=True)
-    for wrong in ([4], [-1], [0, -1]):
-        with pytest.raises(ValueError, match="ids must be from 0 to 3"):
-            vocabulary.decode(wrong)
     with pytest.raises(ValueError, match="2 different of 3"):
         Vocabulary(["a", "b", "a"])
     with pytest.raises(ValueError, match="strings"):
@@ -104,8 +101,6 @@ def test_vocabulary_from_train_only(folder, tmp_path):
     corpus = load_corpus(str(write(tmp_path / "c", "z <unk> <unk>\n", "y\n", "<unk> z\n")), "train")
     assert corpus.vocabulary.words == [UNK, EOS, "z"]
     assert words_of(corpus, "valid") == [UNK, EOS]
-    with pytest.raises(ValueError, match="vocab_from must be 'all' or 'train', got 'valid'"):
-        load_corpus(str(folder), vocab_from="valid")
 
 
 @pytest.mark.parametrize(
@@ -482,12 +477,6 @@ def test_every_pair_is_in_exactly_one_place(data, length, bptt):
     assert real.eq(torch.arange(columns.length) < lengths[:, None]).all()  # a column ends once
     assert lengths.max() - lengths.min() <= 1 and (tokens[~real] == 0).all()
     assert columns.num_pairs == length - 1 == lengths.sum()
-    start = data.draw(st.integers(0, columns.length + 3))
-    rest = list(columns.windows(bptt, start))
-    assert sum(tokens.shape[1] for tokens, _ in rest) == max(columns.length - start, 0)
-    if rest:
-        assert torch.equal(torch.cat([tokens for tokens, _ in rest], dim=1), tokens[:, start:])
-        assert torch.equal(torch.cat([targets for _, targets in rest], dim=1), targets[:, start:])
 
 
 def test_a_text_shorter_than_the_batch_is_refused_with_numbers():
@@ -497,9 +486,6 @@ def test_a_text_shorter_than_the_batch_is_refused_with_numbers():
     for length in (0, 1):
         with pytest.raises(UserError, match="Use a longer text"):
             TokenColumns(torch.arange(length), 1)
-    for batch_size, bptt, start in ((0, 1, 0), (1, 0, 0), (1, 1, -1)):
-        with pytest.raises(ValueError, match="must be at least 1"):
-            list(TokenColumns(torch.arange(6), batch_size).windows(bptt, start))
 
 
 # ---- raw texts

@@ -252,9 +252,3 @@ BAD = [
 def test_bad_argument_is_named(name, value, rule):
     with pytest.raises(ValueError, match=f"{name} must be {rule}.*got {value!r}"):
         NthFarthestModel(**SIZES | {name: value})
-
-
-@pytest.mark.parametrize("sizes", [(0, 3, 2), (4, 0, 2), (4, 3, -1)])
-def test_batch_without_examples_is_refused(sizes):
-    with pytest.raises(ValueError, match=f"at least 1, got {sizes[0]}, {sizes[1]} and {sizes[2]}"):
-        batch(*sizes)
