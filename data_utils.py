@@ -19,7 +19,6 @@ import re
 import secrets
 import shlex
 import shutil
-import time
 import urllib.request
 import zipfile
 import zlib
@@ -390,9 +389,6 @@ def fetch(name: str) -> Path:
     work = DATA_FOLDER / f".{name}-{secrets.token_hex(4)}.partial"
     try:
         work.mkdir(parents=True)
-        for old in DATA_FOLDER.glob(f".{name}-*.partial"):
-            if time.time() - old.stat().st_mtime > 86400:  # left by a killed process
-                shutil.rmtree(old, ignore_errors=True)
         reasons = []
         for mirror in published.mirrors:
             host = urlsplit(mirror).netloc
