@@ -112,14 +112,6 @@ def test_smallest_dtype(size, dtype):
     assert np.array(size - 1).astype(dtype) == size - 1
 
 
-def test_ids_have_the_smallest_type(tmp_path):
-    # valid.txt and test.txt have six more words and <eos>
-    corpus = load_corpus(str(write(tmp_path / "c", " ".join(f"w{i}" for i in range(250)) + "\n")))
-    assert len(corpus.vocabulary) == 257
-    assert corpus.train.dtype == corpus.valid.dtype == corpus.test.dtype == torch.int16
-    assert words_of(corpus, "train") == [f"w{i}" for i in range(250)] + [EOS]
-
-
 def test_fingerprint_has_its_known_value_and_depends_on_words_and_ids(folder):
     """The value is stored in checkpoints: another one would make old runs impossible to resume."""
     corpus = load_corpus(str(folder))
@@ -448,17 +440,6 @@ def test_several_runs_cache_at_once(folder, capsys):
 # ---- columns
 
 
-def test_columns_of_the_alphabet():
-    columns = TokenColumns(torch.arange(12, dtype=torch.uint8), batch_size=4)  # 11 pairs
-    assert (columns.num_pairs, columns.length) == (11, 3) and columns.ids.dtype == torch.uint8
-    (tokens, targets), (last_tokens, last_targets) = columns.windows(2)
-    assert tokens.tolist() == [[0, 1], [3, 4], [6, 7], [9, 10]]
-    assert targets.tolist() == [[1, 2], [4, 5], [7, 8], [10, 11]]
-    assert last_tokens.tolist() == [[2], [5], [8], [0]]
-    assert last_targets.tolist() == [[3], [6], [9], [IGNORED]]
-    assert tokens.dtype == targets.dtype == torch.int64
-
-
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), length=st.integers(2, 60), bptt=st.integers(1, 70))
 def test_every_pair_is_in_exactly_one_place(data, length, bptt):
@@ -469,6 +450,7 @@ def test_every_pair_is_in_exactly_one_place(data, length, bptt):
     tokens = torch.cat([tokens for tokens, _ in windows], dim=1)
     targets = torch.cat([targets for _, targets in windows], dim=1)
     assert tokens.shape == targets.shape == (batch_size, columns.length)
+    assert tokens.dtype == targets.dtype == torch.int64 and columns.ids.dtype == torch.int16
     real = targets != IGNORED
     # Read column after column, they are the pairs of the text in order.
     assert tokens[real].tolist() == list(range(length - 1))
