@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from training import checkpoints
 from training.console import UserError, first_line, run_script, say, warn
 from training.files import atomic_write
 
@@ -278,7 +279,7 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 # ---- cache
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 def cache_path(folder: Path, vocab_from: str, digests: list[str]) -> Path:
@@ -292,7 +293,7 @@ def save_cache(corpus: Corpus, path: Path) -> None:
     words = "\n".join(corpus.vocabulary.words)  # no word contains white space
     contents = {"name": path.name, "words": words, **{split: getattr(corpus, split) for split in SPLITS}}
     try:
-        atomic_write(path, lambda file: torch.save(contents, file))
+        checkpoints.save_checkpoint(path, contents)
         for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
             if other != path:
                 other.unlink(missing_ok=True)
@@ -303,29 +304,16 @@ def save_cache(corpus: Corpus, path: Path) -> None:
 
 def load_cache(path: Path) -> Corpus | None:
     """Return the corpus from its cache; None if there is no cache, or with a warning if it is unusable."""
+    if not path.exists():
+        return None
     try:
-        with open(path, "rb") as file:
-            # torch.load does not compare checksums. It also reads files that are not archives, of which a few
-            # bytes can claim gigabytes of memory.
-            if damaged := zipfile.ZipFile(file).testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
-            file.seek(0)
-            contents = torch.load(file, weights_only=True)
+        contents = checkpoints.load_checkpoint(path)
         if contents["name"] != path.name:
             raise ValueError("it belongs to other texts or options")
         vocabulary = Vocabulary(contents["words"].split("\n"))
-        texts = [contents[split] for split in SPLITS]
-        for ids in texts:
-            dtype = smallest_dtype(len(vocabulary))
-            if ids.numpy().dtype != dtype or ids.dim() != 1 or not ids.is_contiguous():
-                raise ValueError("its ids have another type or shape")
-            if not 0 <= ids.min() <= ids.max() < len(vocabulary):
-                raise ValueError("its ids do not fit its vocabulary")
-        return Corpus(path.parent, vocabulary, *texts)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # a foreign file can raise anything
-        warn(f"the corpus cache {path} is damaged or foreign ({first_line(error)}): building it again")
+        return Corpus(path.parent, vocabulary, *(contents[split] for split in SPLITS))
+    except (UserError, LookupError, AttributeError, TypeError, ValueError):
+        warn(f"the corpus cache {path} is damaged or foreign: building it again")
         return None
 
 
