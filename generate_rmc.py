@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -76,22 +75,12 @@ def choose(
         temperature: divisor of the log-probabilities; 0 takes the likeliest word.
         top_k: keep only the k likeliest words; 0 keeps all.
         top_p: of these, keep the fewest likeliest words whose probabilities sum to at least top_p.
-        banned: ids that are never drawn.
+        banned: ids that are never drawn; not all of them.
         generator: source of randomness, on the tensor's device.
 
     Returns:
         ids, (B,).
-
-    Raises:
-        ValueError: a value is outside its range, or every word is banned.
     """
-    if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError(
-            "temperature and top_k must be 0 or more, top_p above 0 and at most 1, "
-            f"got {temperature}, {top_k} and {top_p}"
-        )
-    if len(set(banned)) >= log_probabilities.shape[1]:
-        raise ValueError(f"all {log_probabilities.shape[1]} words are banned")
     scores = log_probabilities.double()  # float32 overflows when divided by a tiny temperature
     if banned:
         scores[:, list(banned)] = -torch.inf
@@ -229,8 +218,6 @@ def write_texts(args: argparse.Namespace) -> tuple[list[str], int]:
     devices.choose_threads(args.threads, size * args.samples, device)
     prompt = encode_prompt(args.prompt, vocabulary)
     banned = [vocabulary.index[UNK]] if args.no_unk and UNK in vocabulary.index else []
-    if len(banned) == len(vocabulary):
-        raise UserError(f"--no-unk leaves no words: {UNK} is the only word of this model. Omit --no-unk.")
     # A text starts after the end of a line; without <eos> and prompt, after the first word of the vocabulary.
     start = ([vocabulary.index[EOS]] if EOS in vocabulary.index else [] if prompt else [0]) + prompt
     generator = torch.Generator(device).manual_seed(args.seed)

@@ -66,13 +66,8 @@ def make_batch(
     Returns:
         inputs: (B, K, F) float32.
         targets: (B,) int64, the labels that are the answers.
-
-    Raises:
-        ValueError: a size below 1.
     """
     B, K, D = batch_size, num_vectors, num_dims
-    if min(B, K, D) < 1:
-        raise ValueError(f"batch_size, num_vectors and num_dims must be at least 1, got {B}, {K} and {D}")
     vectors = torch.rand(B, K, D, generator=generator, device=device) * 2 - 1
     labels = torch.rand(B, K, generator=generator, device=device).argsort(dim=1)  # (B, K) permutations
     if shown is None:

@@ -70,8 +70,9 @@ class RNNLM(LanguageModel):
         check_probability("dropout_candidate", dropout_candidate)
         if dropout_candidate and (model != "LSTM" or fused):
             raise ValueError(
-                "dropout_candidate needs model='LSTM' and fused=False, as it acts inside the cells; "
-                f"got model={model!r}, fused={fused}"
+                "dropout_candidate requires an LSTM as a loop of cells, got "
+                f"{model}{' as a fused layer' if fused else ''}. Use model='LSTM' and fused=False (--model "
+                "LSTM --no-cudnn), or dropout_weights (--dropout-weights), which works with every model."
             )
         check_size("hidden_size", hidden_size)
         check_size("num_layers", num_layers)

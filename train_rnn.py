@@ -95,17 +95,6 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
             "--tied and --adaptivesoftmax cannot be combined: the clusters of adaptive softmax have other "
             "weights. Omit one of them."
         )
-    if args.dropout_candidate and (args.model != "LSTM" or args.cudnn):
-        raise ValueError(
-            "--dropout-candidate requires an LSTM as a loop of cells, got "
-            f"{args.model}{' with --cudnn' if args.cudnn else ''}. Use --model LSTM --no-cudnn, or "
-            "--dropout-weights, which works with every model."
-        )
-    if args.tied and not args.project and args.emsize != args.nhid:
-        raise ValueError(
-            "--tied shares one matrix between embedding and softmax and requires --nhid equal to --emsize, "
-            f"got {args.nhid} and {args.emsize}. Make them equal, or add --project."
-        )
     return RNNLM(
         vocab_size,
         model=args.model,

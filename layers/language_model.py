@@ -64,7 +64,9 @@ class LanguageModel(nn.Module):
             self.output_layer = FullSoftmax(width, vocab_size)
         elif width != embedding_size:
             raise ValueError(
-                f"tied needs a hidden_size equal to the embedding_size {embedding_size}, got {width}"
+                "tied (--tied) shares one matrix between embedding and softmax and requires hidden_size "
+                f"(--nhid) equal to embedding_size (--emsize), got {width} and {embedding_size}. Make them "
+                "equal, or set project=True (--project)."
             )
         else:
             self.output_layer = FullSoftmax(width, vocab_size, self.embedding.weight)

@@ -34,10 +34,6 @@ class FullSoftmax(nn.Module):
             tied_weight = nn.Parameter(torch.empty(vocab_size, embedding_size))
             # Small weights predict nearly uniformly, so the first loss is near ln V.
             nn.init.uniform_(tied_weight, -0.1, 0.1)
-        elif tuple(tied_weight.shape) != (vocab_size, embedding_size):
-            raise ValueError(
-                f"tied_weight must have shape {(vocab_size, embedding_size)}, got {tuple(tied_weight.shape)}"
-            )
         self.weight = tied_weight
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 

@@ -33,7 +33,6 @@ import torch  # noqa: E402
 from conftest import write_corpus  # noqa: E402
 from same_runs import assert_same_run  # noqa: E402
 
-import data_utils  # noqa: E402
 import train_nth_farthest  # noqa: E402
 import train_rmc  # noqa: E402
 import train_rnn  # noqa: E402
@@ -107,7 +106,7 @@ def report_phases(timer: tuple[str, int, float] | None) -> None:
         begin("training")
         return enter(self)
 
-    checkpoints.atomic_write = runs.atomic_write = data_utils.atomic_write = writing
+    checkpoints.atomic_write = runs.atomic_write = writing
     console.Interrupts.__enter__ = entering
     begin("starting")
 

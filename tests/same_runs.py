@@ -1,10 +1,26 @@
-"""Compares finished runs, for the tests that interrupt one of them."""
+"""Interrupts runs and compares finished ones."""
+
+import signal
 
 from training import checkpoints, runs
+from training.trainer import Trainer
 
 import torch
 
 TIMES = {"seconds", "ms_per_batch", "forward_ms_per_batch", "tokens_per_second", "examples_per_second"}
+
+
+def after_step(monkeypatch, step, act=lambda: signal.raise_signal(signal.SIGINT)):
+    """Call `act` once, when a trainer has taken `step` steps of its run; by default, press Ctrl-C."""
+    take = Trainer.step
+
+    def patched(trainer):
+        take(trainer)
+        if trainer.at.step == step:
+            monkeypatch.setattr(Trainer, "step", take)
+            act()
+
+    monkeypatch.setattr(Trainer, "step", patched)
 
 
 def flatten(value, name=""):

@@ -232,7 +232,7 @@ REFUSED = [
     ("train_rmc", "--resume OTHER", ["a run of train_rnn.py, this is train_rmc.py"]),
     ("train_rnn", "--resume RUN --emsize 13", ["--emsize cannot change", "12", "13", "Omit --emsize"]),
     ("train_rnn", "--resume RUN --bf16", ["--bf16 cannot change", "False", "True"]),
-    ("train_rnn", "--resume RUN --batch_size 7", ["--batch-size cannot change", "14", "7"]),
+    ("train_rnn", "--resume RUN --batch_size 64", ["--batch-size cannot change", "14", "64"]),  # the default
     ("train_nth_farthest", "--resume RUN --seed 3", ["--seed cannot change", "1111", "Omit --seed"]),
     ("train_rnn", "--evaluate NONE", ["no checkpoint", "missing"]),
     ("train_rnn", "--evaluate FILE", ["is not a checkpoint of this project"]),
@@ -241,6 +241,9 @@ REFUSED = [
     ("train_nth_farthest", "--evaluate NONE", ["folder of an earlier run", "missing"]),
     ("train_nth_farthest", "--evaluate EMPTY", ["no args.json"]),
     ("train_nth_farthest", "--evaluate OTHER", ["a run of train_rnn.py"]),
+    ("generate_rmc", "--checkpoint FILE", ["is not a checkpoint of this project"]),
+    ("generate_rmc", "--checkpoint EMPTY", ["no best.pt in", "Name a run folder"]),
+    ("generate_rmc", "--checkpoint NTH", ["kind 'nth_farthest', expected 'rmc' or 'rnn'"]),
     ("train_rnn", "--model CNN", ["--model", "'CNN'", "LSTM"]),
     ("train_rmc", "--gatestyle units", ["--gatestyle", "'units'", "memory"]),
     ("train_rmc", "--recipe huge", ["--recipe", "'huge'", "tiny"]),
@@ -257,10 +260,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("script", SMALL)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_cannot_be_followed_are_refused(script, answer, monkeypatch, tmp_path, trained):
     places = {
-        "RUN": trained[script],
+        "RUN": trained.get(script),
         "OTHER": trained["train_rnn"],
         "NTH": trained["train_nth_farthest"] / "best.pt",
         **{name: tmp_path / name.lower() for name in ("FILE", "NONE", "EMPTY", "BLANK")},
@@ -276,7 +279,7 @@ def test_flags_that_cannot_be_followed_are_refused(script, answer, monkeypatch, 
         if name != script:
             continue
         words = re.sub(r"\b[A-Z]+\b", lambda m: str(places.get(m[0], m[0])), line).split()
-        argv = [] if {"--resume", "--evaluate"} & set(words) else SMALL[script]
+        argv = [] if {"--resume", "--evaluate", "--checkpoint"} & set(words) else SMALL[script]
         if argv and script != "train_nth_farthest" and "--data" not in words:
             argv = [*argv, "--data", trained["corpus"]]
         assert_refused(answer(script, *argv, *words), *patterns, case=line)

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import resource
 import zipfile
 
 from training import checkpoints, devices
@@ -241,6 +242,8 @@ BOMBS = {
     "shared at every level": shared_at_every_level(),
     "nested": nested(100_000),
     "bytearray of 2^60": b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + HUGE + b"\x85R.",
+    # The memo of Python's unpickler is an array, which one opcode can enlarge to gigabytes.
+    "memo of 2^31": b"\x80\x02Nr\xff\xff\xff\x7f" + b"0" * 30 + b".",
     "empty pickle": b"",
     "empty stack": b"\x80\x02.",
     "os.system": b"\x80\x02cos\nsystem\nX\x05\0\0\0false\x85R.",
@@ -251,8 +254,11 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_crafted_files_are_refused_in_one_line(bomb, tmp_path):
     path = tmp_path / "evil.pt"
-    path.write_bytes(crafted(BOMBS[bomb]))
-    assert read(path) is None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for body in (BOMBS[bomb], crafted(BOMBS[bomb])):  # as a file of its own, and in an archive
+        path.write_bytes(body)
+        assert read(path) is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
     path.write_bytes(crafted(pickle.dumps({"format": CHECKPOINT_FORMAT}, protocol=2)))  # made the same way
     assert load_checkpoint(path) == {"format": CHECKPOINT_FORMAT}
 

@@ -4,10 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from training.console import UserError
-
 import compare_runs
-import pytest
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -22,9 +19,10 @@ def table(capsys, *paths):
     return rows
 
 
-def make_run(folder, seed=1, test=19.0, script="train_rmc", valid=(30.0, 20.0, 25.0), average=None, **more):
+def make_run(folder, seed=1, test=19.0, valid=(30.0, 20.0, 25.0), average=None, **more):
     gpus = more.pop("gpus", [])
-    record = {"script": script, "parameters": 12345, "command_line": ["--seed", str(seed), "--name", "a|b"]}
+    command_line = ["--seed", str(seed), "--name", "a|b"]
+    record = {"script": "train_rmc", "parameters": 12345, "command_line": command_line}
     record |= {"environment": {"cpu": "Some CPU", "torch": "2.13.0", "threads": 1, "gpus": gpus}}
     for name in {"processes", "launcher", "resumed", "command_line"} & more.keys():
         record[name] = more.pop(name)
@@ -122,14 +120,3 @@ def test_the_command_is_the_one_that_ran_with_its_resumptions(tmp_path, capsys):
     assert row["command"] == f"{first}, then `python train_rmc.py --resume 'runs/a b' --epochs 3` (seed 4)"
     (row,) = table(capsys, two)
     assert row["command"] == "`python train_rmc.py --seed 5 --name 'a\\|b'`"
-
-
-def test_runs_without_results_are_skipped_or_refused(tmp_path, capsys):
-    good = make_run(tmp_path / "runs" / "good")
-    make_run(tmp_path / "runs" / "young", valid=(), test=None)
-    make_run(tmp_path / "runs" / "odd", script="train_something")
-    assert [row["run"] for row in table(capsys, good.parent)] == ["good"]
-    compare_runs.main([str(good.parent)])
-    assert capsys.readouterr().err.count("skipped") == 2
-    with pytest.raises(UserError, match="young: its log has no results yet"):
-        compare_runs.main([str(good.parent / "young")])

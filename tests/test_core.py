@@ -244,43 +244,6 @@ def test_torch_func_transforms_and_forward_mode_equal_autograd(kind):
 # ---- invariants
 
 
-def test_two_windows_equal_one_long_window_and_a_loop_of_steps(kind):
-    core, inputs = make_core(kind), randn(B, T, INPUT)
-    whole, final = core(inputs, core.initial_state(B))
-    first, carried = core(inputs[:, :2], core.initial_state(B))
-    second, final_again = core(inputs[:, 2:], carried)
-    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
-    torch.testing.assert_close(final_again, final)
-    memory = core.initial_state(B)
-    for t in range(T):
-        memory = core.step(inputs[:, t], memory)
-        torch.testing.assert_close(memory.flatten(1), whole[:, t])
-
-
-def test_closed_input_gate_and_open_forget_gate_keep_the_memory_exactly(kind):
-    core, memory = make_core(kind, forget_bias=1000.0, input_bias=-1000.0), randn(B, N, D)
-    outputs, final = core(randn(B, T, INPUT), memory)
-    assert torch.equal(final, memory)
-    assert torch.equal(outputs, memory.flatten(1).unsqueeze(1).expand(-1, T, -1))
-
-
-def test_permuted_slots_give_permuted_slots(kind):
-    core, order = make_core(kind, num_blocks=2), torch.tensor([2, 0, 1])
-    inputs, memory = randn(B, T, INPUT), randn(B, N, D, seed=2)
-    torch.testing.assert_close(core(inputs, memory[:, order])[1], core(inputs, memory)[1][:, order])
-
-
-def test_another_sequence_or_a_later_input_changes_nothing(kind):
-    core, inputs = make_core(kind), randn(B, T, INPUT)
-    outputs, _ = core(inputs)
-    other = inputs.clone()
-    other[1] += 1
-    other[0, T - 1] += 1
-    changed, _ = core(other)
-    torch.testing.assert_close(changed[0, : T - 1], outputs[0, : T - 1], rtol=0, atol=1e-14)
-    assert (changed[0, T - 1] - outputs[0, T - 1]).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize(("gate", "gate_size"), [("unit", 2 * D), ("memory", 2), (None, 0)])
 def test_parameter_count_equals_the_formula_for_any_slot_count(gate, gate_size, kind):
     """Exposes shared layers, trainable gate biases, and norms over slots."""

@@ -23,13 +23,6 @@ SMALL, LARGE = 0.99 * devices.MULTIPLICATIONS_WORTH_A_THREAD, 1.01 * devices.MUL
 # ---- devices
 
 
-def test_cuda_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--cuda was given but .*Omit --cuda"):
-        devices.choose_device(True)
-    assert devices.choose_device(False) == CPU
-
-
 def test_process_without_its_own_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

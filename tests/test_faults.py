@@ -14,13 +14,13 @@ import signal
 import sys
 import termios
 
-from training import checkpoints, console, devices, language_modelling, runs, trainer
+from training import checkpoints, console, devices, language_modelling, runs
 from training.console import UserError
 
 import pytest
 import torch
 from conftest import write_corpus
-from same_runs import assert_same_checkpoint, assert_same_run, numbers
+from same_runs import after_step, assert_same_checkpoint, assert_same_run, numbers
 
 import train_rnn
 
@@ -51,19 +51,6 @@ def command(corpus, root, *argv):
 
 def train(corpus, root, *argv):
     return train_rnn.main(command(corpus, root, *argv))
-
-
-def after_step(monkeypatch, step, act):
-    """Call `act` once, when a trainer has taken this many steps."""
-    take, taken = trainer.Trainer.step, []
-
-    def counted(self):
-        take(self)
-        taken.append(1)
-        if len(taken) == step:
-            act()
-
-    monkeypatch.setattr(trainer.Trainer, "step", counted)
 
 
 # ---- output and signals

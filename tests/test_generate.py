@@ -254,11 +254,3 @@ def test_text_that_is_lost_on_standard_output_is_an_error_unless_its_reader_stop
             generate_rmc.main(argv)
     else:
         assert generate_rmc.main(argv) == 0
-
-
-def test_bad_checkpoints_are_refused(trained, tmp_path):
-    (tmp_path / "bad.pt").write_bytes((trained["rnn"] / "best.pt").read_bytes()[:-100])
-    checkpoints.save_checkpoint(tmp_path / "nth.pt", {"kind": "nth_farthest"})
-    for name, message in [("bad.pt", "damaged"), (".", "no best.pt"), ("nth.pt", "of kind .nth_farthest.")]:
-        with pytest.raises(UserError, match=message):
-            generate_rmc.main(["--checkpoint", str(tmp_path / name), "--outf", "-"])

@@ -1,4 +1,4 @@
-"""The language models: losses, states, shards, parameters, configuration, dropout, precision, learning."""
+"""The language models: losses, states, parameters, configuration, dropout, precision."""
 
 import itertools
 import json
@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 from layers import fused
 from layers.language_model import perplexity
@@ -119,37 +118,6 @@ def test_two_windows_equal_one_long_window(name):
     torch.testing.assert_close(first + second, whole, **EXACT)
     torch.testing.assert_close(final_again, final, **EXACT)
     torch.testing.assert_close(gradients(model, first + second), gradients(model, whole), **EXACT)
-
-
-@NAMES
-def test_other_sequences_and_later_words_change_nothing(name):
-    model = build(name)
-    tokens, _ = window()
-    state = random_state(model)
-    before, _ = model.hidden(tokens, state)
-    changed = tokens.clone()
-    changed[2, 3:] = (changed[2, 3:] + 1) % V
-    after, _ = model.hidden(changed, state)  # (T, B, E)
-    same = torch.ones(T, B, dtype=torch.bool)
-    same[3:, 2] = False
-    torch.testing.assert_close(after[same], before[same], **EXACT)
-    assert not torch.isclose(after[~same], before[~same]).all(dim=1).any()
-
-
-@pytest.mark.parametrize("name", ["rmc", "rmc-adaptive", "lstm", "lstm-loop-adaptive", "gru"])
-def test_shards_along_the_batch_equal_the_whole_batch(name):
-    """As torch.nn.DataParallel splits every argument along its first dimension, here into 3 and 1."""
-    model = build(name)
-    tokens, targets = window()
-    targets[1, -1] = -100
-    state = random_state(model)
-    whole, after = model(tokens, targets, state)
-    shards = zip(*(part.split(3) for part in (tokens, targets, state)), strict=True)
-    nats, states = (torch.cat(parts) for parts in zip(*(model(*shard) for shard in shards), strict=True))
-    assert nats.shape == (2,)
-    torch.testing.assert_close(nats.sum(), whole[0], **EXACT)
-    torch.testing.assert_close(states, after, **EXACT)
-    torch.testing.assert_close(gradients(model, nats.sum()), gradients(model, whole.sum()), **EXACT)
 
 
 @NAMES
@@ -347,27 +315,3 @@ def test_bfloat16_training_step_on_this_machine(name):
             loss, state = model.loss(*window(), state)
     found = gradients(model, loss)
     assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in found.values())
-
-
-# ---- learning
-
-
-@pytest.mark.parametrize("cutoffs", [None, [5]], ids=["full", "adaptive"])
-@pytest.mark.parametrize("name, passes", [("rmc", 25), ("lstm", 60)])
-def test_periodic_text_is_learned_to_near_zero(name, passes, cutoffs):
-    """The period holds two words twice, with different successors: the state must tell them apart."""
-    sizes = {"head_size": 16, "num_heads": 2} if name == "rmc" else {"hidden_size": 32, "num_layers": 1}
-    model = build(name, torch.float32, embedding_size=16, cutoffs=cutoffs, **sizes)
-    text = torch.tensor([3, 17, 3, 8, 21, 28, 8]).repeat(7)
-    columns = torch.stack([text[start : start + 37] for start in range(5)])
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(passes):
-        state = model.initial_state(5)
-        for start in range(0, 36, 9):
-            tokens, targets = columns[:, start : start + 9], columns[:, start + 1 : start + 10]
-            loss, state = model.loss(tokens, targets, state.detach())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-    assert loss.item() < 0.05

@@ -17,7 +17,7 @@ from torch import nn
 
 import train_rmc
 import train_rnn
-from data_utils import Corpus, TokenColumns, Vocabulary
+from data_utils import Corpus, Vocabulary
 from layers.regularisation import window_stops
 
 V = 29
@@ -204,14 +204,6 @@ def test_two_epochs_equal_a_plain_loop(tmp_path, kind, flags):
         torch.testing.assert_close([p.data for p in averaged], average, rtol=0, atol=1e-9)
 
 
-@KINDS
-def test_pieces_of_a_batch_take_the_step_of_the_whole_batch(tmp_path, kind):
-    """With the adaptive softmax; the loop above has pieces with the full one."""
-    whole = make_trainer(tmp_path, kind, *ADAPTIVE, dtype=torch.float64)
-    pieces = make_trainer(tmp_path, kind, *ADAPTIVE, "--accumulate", "7", dtype=torch.float64)
-    assert_same_steps(whole, pieces)
-
-
 def assert_same_steps(one, other, weights=True):
     for trainer in (one, other):
         take_steps(trainer)
@@ -246,19 +238,10 @@ def test_replicas_take_the_step_of_one_model(tmp_path, kind, softmax):
 
 
 @KINDS
-def test_adaptive_softmax_is_in_optimiser_and_checkpoint(tmp_path, kind):
+def test_adaptive_softmax_is_in_the_optimiser(tmp_path, kind):
     trainer = make_trainer(tmp_path, kind, *ADAPTIVE)
     held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(map(id, trainer.model.parameters()))
-    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
-    take_steps(trainer)
-    for name, value in trainer.model.named_parameters():
-        assert not torch.equal(value, before[name]), name
-    loss = trainer.task.evaluate(trainer, "valid", trainer.model)
-    assert trainer.offer_best(loss)
-    model, vocabulary = language_modelling.load_model(checkpoints.load_checkpoint(tmp_path / "best.pt"))
-    assert language_modelling.evaluate(model, ids(101, 2), 3, 11, "cpu") == loss
-    assert vocabulary.words == trainer.task.corpus.vocabulary.words
 
 
 @KINDS
@@ -271,28 +254,6 @@ def test_bf16_trains_in_lower_precision_and_evaluates_in_full(tmp_path, kind):
     assert lower.task.state.dtype == torch.float32
     assert lower.sums[0] != exact.sums[0]
     torch.testing.assert_close(lower.sums[0], exact.sums[0], rtol=0.02, atol=0)
-
-
-@KINDS
-def test_every_epoch_starts_from_the_initial_state_in_training_mode(tmp_path, kind):
-    """With next to no learning rate both epochs report what evaluation of the training text reports."""
-    trainer = make_trainer(tmp_path, kind, "--lr", "1e-30", "--epochs", "2")
-    trainer.model.eval()
-    expected = language_modelling.evaluate(trainer.model, ids(505, 1), 7, 1000, "cpu")
-    trainer.train(tmp_path)
-    assert trainer.model.training
-    losses = [event["train_loss"] for event in events(tmp_path, "valid")]
-    assert losses == pytest.approx([expected, expected], rel=1e-6) and losses[0] == losses[1]
-
-
-@pytest.mark.parametrize("batch_size, bptt", [(1, 50), (7, 11), (8, 9), (504, 3), (60, 100)])
-def test_targets_are_counted_without_reading_the_windows(tmp_path, batch_size, bptt):
-    task, place = make_trainer(tmp_path, "rnn", "--batch-size", str(batch_size)).task, 0
-    for _, targets in TokenColumns(ids(505, 1), batch_size).windows(bptt):
-        stop = place + targets.shape[1]
-        assert task.targets_before(stop) - task.targets_before(place) == (targets >= 0).sum()
-        place = stop
-    assert task.targets_before(place) == 504
 
 
 # ---- learning rates
@@ -447,9 +408,6 @@ def test_training_that_has_diverged_is_noticed_in_other_numbers_too(tmp_path, mo
     message = r"training loss is .* nats per token.*lower --lr \(it was 0.25, --embedding-lr 0.5"
     with pytest.raises(UserError, match=message):
         trainer.train(tmp_path)
-
-
-# ---- checkpoints of models
 
 
 # ---- what the user is told

@@ -1,16 +1,15 @@
 """train_nth_farthest.py: its flags, training, curriculum, scores and what a run leaves behind."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 from training import checkpoints, devices, runs
-from training.trainer import Trainer
 
 import pytest
 import torch
 import torch.nn.functional as F
+from same_runs import after_step, assert_same_run
 
 import train_nth_farthest as script
 from nth_farthest import NthFarthestModel, loss_and_correct, make_batch
@@ -47,11 +46,6 @@ def weights(folder, name="last.pt"):
     return checkpoints.load_checkpoint(folder / name)["model"]
 
 
-def assert_same_weights(found, expected):
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 def events(folder, *kinds):
     return [event for event in runs.read_log(folder / "log.jsonl") if event["event"] in kinds]
 
@@ -83,23 +77,6 @@ def score(monkeypatch):
     return set_score
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Return a function that sends this process SIGINT in a step, once."""
-    take = Trainer.step
-
-    def set_step(step):
-        def patched(self):
-            take(self)
-            if self.at.step == step:
-                monkeypatch.setattr(Trainer, "step", take)
-                signal.raise_signal(signal.SIGINT)
-
-        monkeypatch.setattr(Trainer, "step", patched)
-
-    return set_step
-
-
 # ---- flags
 
 
@@ -128,6 +105,9 @@ def test_defaults_are_the_papers():
     assert (args.lr, args.batch_size, args.num_vectors, args.num_dims, args.clip) == (1e-4, 1600, 8, 16, 0.1)
     model, core = script.build_model(args), script.build_model(args).core
     assert (core.mem_slots, core.num_heads, core.head_size, core.num_blocks) == (8, 8, 32, 1)
+    assert (core.attention_mlp_layers, core.key_size, core.input_size) == (2, 32, 40)
+    linear = [layer for layer in model.head if isinstance(layer, torch.nn.Linear)]
+    assert [layer.in_features for layer in linear] == [2048, 256, 256, 256, 256]
     assert model.config == {**NthFarthestModel().config, "key_size": None}
 
 
@@ -248,25 +228,18 @@ def test_stage_ends_when_the_training_accuracy_is_reached(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("stop", "stages"), [(5, []), (8, []), (5, STAGES), (8, STAGES)])
-def test_resume_equals_uninterrupted(tmp_path, interrupt, stop, stages, capsys):
+def test_resume_equals_uninterrupted(tmp_path, monkeypatch, stop, stages, capsys):
     """Interrupted at the end of a log interval, where a stage may end too, and within one."""
     flags = ["--steps", 15, "--warmup", 12, *stages]
     _, whole = train(tmp_path, *flags, name="whole")
-    interrupt(stop)
+    after_step(monkeypatch, stop)
     status, parts = train(tmp_path, *flags, name="parts")
     output = capsys.readouterr().out
     assert status == 130 and f"stopped by SIGINT at step {stop}" in output and f"--resume {parts}" in output
     assert checkpoints.load_checkpoint(parts / "last.pt")["position"]["step"] == stop
     torch.manual_seed(999)
     assert resume(parts) == 0
-    assert_same_weights(weights(parts), weights(whole))
-    kinds = ("train", "stage", "final")
-    varying = {"seconds", "examples_per_second"}
-    found, expected = (
-        [{key: value for key, value in event.items() if key not in varying} for event in events(path, *kinds)]
-        for path in (parts, whole)
-    )
-    assert found == expected
+    assert_same_run(whole, parts)
 
 
 def test_resume_on_another_kind_of_device_draws_other_examples(tmp_path, capsys):
@@ -281,8 +254,8 @@ def test_resume_on_another_kind_of_device_draws_other_examples(tmp_path, capsys)
     assert not torch.equal(seen, build().task.next_batch()[0][0])
 
 
-def test_stop_before_the_first_report_offers_no_best_model(tmp_path, interrupt, capsys):
-    interrupt(3)
+def test_stop_before_the_first_report_offers_no_best_model(tmp_path, monkeypatch, capsys):
+    after_step(monkeypatch, 3)
     status, folder = train(tmp_path, "--steps", 100)
     output = capsys.readouterr().out
     assert status == 130 and "stopped by SIGINT at step 3" in output and "--resume" in output
@@ -301,15 +274,9 @@ def test_stop_after_ends_a_session_with_status_0(tmp_path, capsys):
 # ---- target accuracy and best.pt
 
 
-def test_target_accuracy_must_be_held(tmp_path, score):
-    score({step: 0.1 if step == 10 else 0.9 for step in range(5, 100, 5)})
-    _, folder = train(tmp_path, "--steps", 1000, "--target-accuracy", 0.9)
-    assert steps_logged(folder) == [5, 10, 15, 20, 25]
-
-
-def test_held_target_survives_an_interrupt_and_can_be_raised(tmp_path, score, interrupt, capsys):
+def test_held_target_survives_an_interrupt_and_can_be_raised(tmp_path, score, monkeypatch, capsys):
     score(0.9)
-    interrupt(12)
+    after_step(monkeypatch, 12)
     _, folder = train(tmp_path, "--steps", 100, "--target-accuracy", 0.9)
     resume(folder)
     for flags in ([], ["--steps", "1000"]):

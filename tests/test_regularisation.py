@@ -1,22 +1,17 @@
 """Regularisation: one mask per window, kept expectations, unchanged evaluation, equal paths, averages."""
 
-import math
-
 import pytest
 import torch
+from test_language_models import EXACT, RMC, RNN, gradients
 from torch import nn
 
 import relational_rnn_models
 import rnn_models
 from layers import regularisation
-from relational_rnn_general import RelationalMemory
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 
 B, T, V, E = 3, 5, 29, 6
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
-RMC = {"embedding_size": E, "mem_slots": 2, "head_size": 4, "num_heads": 3, "key_size": 7}
-RNN = {"embedding_size": E, "hidden_size": 11, "num_layers": 2, "dropout_hidden": 0.0}
 MODELS = {
     "rmc": (RelationalMemoryLM, RMC),
     "rmc-2-blocks": (RelationalMemoryLM, RMC | {"num_blocks": 2, "gate_style": "memory", "mem_slots": 1}),
@@ -41,12 +36,6 @@ def window(model):
     torch.manual_seed(2)
     tokens, targets = torch.randint(V, (2, B, T))
     return tokens, targets, 0.5 * torch.randn_like(model.initial_state(B))
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def assert_same_training(one, other):
@@ -192,42 +181,16 @@ def test_candidate_dropout_lets_dropped_features_only_fade(name, changes, masks)
     assert len(masks) == 2 * layers
 
 
-def test_lstm_cell_with_a_mask_equals_a_loop_over_its_units():
+def test_lstm_cell_with_a_mask_scales_what_torchs_own_adds_to_the_cells():
     torch.manual_seed(1)
-    inputs, size = 4, 3
-    x, hidden, cells = (torch.randn(B, width).double() for width in (inputs, size, size))
-    shapes = [(4 * size, inputs), (4 * size, size), (4 * size,), (4 * size,)]
-    ih, hh, bias_ih, bias_hh = weights = [torch.randn(shape).double() for shape in shapes]
-    mask = torch.tensor([[0, 2, 2], [2, 0, 0], [2, 2, 0]]).double()
+    x, hidden, cells = (torch.randn(B, width).double() for width in (4, 3, 3))
+    ih, hh, bias_ih, bias_hh = weights = [torch.randn(s).double() for s in ((12, 4), (12, 3), (12,), (12,))]
+    mask = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 0]]).double()
     found = rnn_models.lstm_cell(x, (hidden, cells), *weights, candidate_mask=mask)
-
-    def sigmoid(value):
-        return 1 / (1 + math.exp(-value))
-
-    for b in range(B):
-        for u in range(size):
-            i, f, g, o = (
-                (ih[row] @ x[b] + bias_ih[row] + hh[row] @ hidden[b] + bias_hh[row]).item()
-                for row in range(u, 4 * size, size)
-            )
-            c = sigmoid(f) * cells[b, u].item() + sigmoid(i) * math.tanh(g) * mask[b, u].item()
-            assert found[1][b, u].item() == pytest.approx(c, abs=1e-12)
-            assert found[0][b, u].item() == pytest.approx(sigmoid(o) * math.tanh(c), abs=1e-12)
-
-
-def test_candidate_dropout_is_refused_where_it_cannot_act():
-    with pytest.raises(ValueError, match="model='LSTM' and fused=False"):
-        build("gru", dropout_candidate=0.2, fused=False)
-    with pytest.raises(ValueError, match="dropout_candidate needs gates"):
-        build("rmc-no-gates", dropout_candidate=0.2)
-
-
-@pytest.mark.parametrize("name", ["rmc", "rmc-2-blocks", "rmc-no-gates"])
-def test_fast_core_equals_plain_core_with_everything_on(name):
-    more = {} if name == "rmc-no-gates" else {"dropout_candidate": 0.5}
-    fast, plain = (build(name, **ALL, **more) for _ in range(2))
-    plain.core.__class__ = RelationalMemory
-    assert_same_training(fast, plain)
+    _, forget, _, out = (x @ ih.t() + bias_ih + hidden @ hh.t() + bias_hh).sigmoid().chunk(4, dim=1)
+    kept = forget * cells
+    expected = kept + mask * (torch.lstm_cell(x, (hidden, cells), *weights)[1] - kept)
+    torch.testing.assert_close(found, (out * torch.tanh(expected), expected), **EXACT)
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.5])

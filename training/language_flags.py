@@ -126,16 +126,11 @@ def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | Non
         if args.cutoffs:
             raise UserError("--cutoffs requires --adaptivesoftmax. Add it, or omit --cutoffs.")
         return None
+    if args.cutoffs is not None:
+        return args.cutoffs
     fitting = choose_cutoffs(vocab_size)
-    if args.cutoffs is None:
-        print(f"adaptive softmax: cutoffs {' '.join(map(str, fitting))}, chosen for {vocab_size:,} words")
-        return fitting
-    if sorted(set(args.cutoffs)) != args.cutoffs or args.cutoffs[-1] >= vocab_size:
-        raise UserError(
-            f"cutoffs must be increasing and below the vocabulary size {vocab_size:,}, got {args.cutoffs}. "
-            f"Try --cutoffs {' '.join(map(str, fitting))}."
-        )
-    return args.cutoffs
+    print(f"adaptive softmax: cutoffs {' '.join(map(str, fitting))}, chosen for {vocab_size:,} words")
+    return fitting
 
 
 # ---- recipes
