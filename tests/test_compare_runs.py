@@ -42,7 +42,7 @@ def make_run(folder, seed=1, test=19.0, valid=(30.0, 20.0, 25.0), average=None, 
 def test_committed_logs_give_the_published_numbers(capsys):
     tiny, wikitext2 = RESULTS / "tiny", RESULTS / "wikitext2_cpu"
     rows = table(
-        capsys, tiny / "rmc", tiny / "lstm", wikitext2 / "rmc-lr-1e-3", wikitext2 / "lstm-lr-4e-3",
+        capsys, tiny / "rmc", tiny / "lstm", wikitext2 / "full_softmax" / "*-lr-[14]e-3",
         wikitext2 / "adaptive_softmax" / "rmc", tiny / "others" / "lstm-30-epochs",
     )  # fmt: skip
     assert [row["model"] for row in rows] == ["RMC", "LSTM", "RMC", "LSTM", "RMC", "LSTM"]
