@@ -53,6 +53,14 @@ def test_committed_logs_give_the_published_numbers(capsys):
     assert rows[0]["command"] == "`python train_rmc.py --recipe tiny --name tiny-rmc`"
 
 
+def test_committed_pairs_give_the_published_numbers(capsys):
+    study = RESULTS / "wikitext2_pair" / "runs"
+    rows = table(capsys, study / "pair-*", study / "seeds-*")
+    assert [row["test"] for row in rows] == ["112.80", "106.89", "159.16 ± 0.93", "154.46 ± 0.31"]
+    assert [row["valid"] for row in rows] == ["119.72", "113.37", "171.07 ± 0.71", "165.72 ± 0.98"]
+    assert [row["seeds"] for row in rows] == ["1", "1", "1 2 3", "1 2 3"]
+
+
 def test_committed_nth_farthest_runs_give_the_published_numbers(capsys):
     study = RESULTS / "nth_farthest" / "small" / "runs"
     rmc, lstm, unscaled = table(capsys, study / "rmc-seed*", study / "lstm-seed1", study / "x1-m1-seed*")

@@ -35,7 +35,7 @@ def pack(folder: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="finished or stopped run")
     parser.add_argument("--outf", type=Path, required=True, metavar="JSONL", help="the study file to write")
     args = parser.parse_args(argv)
     text = "".join(pack(folder) for folder in args.folders)

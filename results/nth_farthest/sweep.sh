@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The runs of sweep.jsonl, each with one change from a base setting, except the four that changed the model's first
 # weights (init-*). The flags, all readings and the hardware of the committed runs are in sweep.jsonl.
+# clip-1 has not been run yet.
 #
 #   results/nth_farthest/sweep.sh           all settings, one run after the other; a table at the end
 #   results/nth_farthest/sweep.sh base      some settings
