@@ -69,7 +69,7 @@ changes() {
         if [[ $change != scale-* ]]; then
             run small "$model" "change-$model-$change" "${base[@]}" ${flags[$change]}
         elif ! finished "change-rmc-$change"; then
-            limited "$PYTHON" results/wikitext2_pair/initial_scale.py "${change#scale-}" "${small_rmc[@]}" \
+            limited "$PYTHON" results/initial_scale.py "${change#scale-}" train_rmc "${small_rmc[@]}" \
                 "${common[@]}" "${base[@]}" --runs-folder "$OUT" --name "change-rmc-$change"
         fi
     done
