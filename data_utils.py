@@ -610,7 +610,7 @@ def main(argv: list[str] | None = None) -> None:
     if not all(splits.values()):
         raise UserError(
             f"{args.texts[0]} has too few lines to be split in three: {len(lines) if text else 0}. Use a "
-            "text of 20 or more."
+            "text of 20 or more lines."
         )
     if args.vocab_size is not None:
         counts = Counter(word for line in splits["train"] for word in line if word != UNK)

@@ -32,7 +32,8 @@ def build_parser() -> flags.Parser:
     # fmt: off
     source = parser.add_argument_group("model")
     option(source, "--checkpoint", None, None, "FILE_OR_RUN",
-           "checkpoint, or run folder whose best.pt is used (default: the newest language model's)")
+           "checkpoint, or run folder whose best.pt is used (default: the newest best.pt of a language "
+           "model in --runs-folder)")
     option(source, "--runs-folder", None, "runs", "FOLDER", "folder in which the newest model is looked up")
     option(source, "--data", None, None, "FOLDER", "ignored, because the checkpoint holds the vocabulary")
     switch(source, "--cuda", "compute on the GPU instead of the CPU")

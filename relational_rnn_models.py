@@ -64,8 +64,9 @@ class RelationalMemoryLM(LanguageModel):
         check_probability("dropout_candidate", dropout_candidate)
         if dropout_candidate and core["gate_style"] is None:
             raise ValueError(
-                "dropout_candidate needs gates: without gates the candidate replaces the memory, and dropped "
-                "features would be lost. Set gate_style, or use another dropout."
+                "dropout_candidate (--dropout-candidate) requires gates: without gates the candidate "
+                "replaces the memory, and dropped features would be lost. Set gate_style (--gatestyle) to "
+                "'unit' or 'memory', or use another dropout."
             )
         check_size("embedding_size", embedding_size)  # checked here because the core's name is input_size
         memory = FastRelationalMemory(input_size=embedding_size, return_all_outputs=True, **core)

@@ -55,11 +55,12 @@ def build_parser() -> flags.Parser:
     option(task, "--num-vectors", _sequence_length, 8, "K", "vectors in a sequence, and labels")
     option(task, "--num-dims", flags.positive_int, 16, "D", "dimensions of a vector")
     option(task, "--test-examples", flags.positive_int, 3200, "N",
-           "fixed examples that measure the test accuracy")
+           "number of fixed examples on which the test accuracy is measured")
     easier = parser.add_argument_group(
         "curriculum", "Easier tasks to train on first. The test accuracy is always that of the full task.")
     option(easier, "--curriculum-vectors", _sequence_length, None, "N",
-           "vectors in each stage before the full task, in the last N steps of a sequence", nargs="+")
+           "vectors in each stage before the full task; they are shown in the last N steps of a sequence",
+           nargs="+")
     option(easier, "--curriculum-dims", flags.positive_int, None, "N",
            "dimensions in each stage before the full task: the other coordinates are 0", nargs="+")
     option(easier, "--curriculum-accuracy", flags.probability, 0.9, "P",
@@ -75,7 +76,7 @@ def build_parser() -> flags.Parser:
     option(model, "--input-scale", flags.positive_float, 1.0, "X",
            "factor on the vectors' coordinates; 1 in the paper")
     option(model, "--memory-scale", flags.positive_float, 1.0, "X",
-           "factor on the identity matrix that the memory starts as; 1 in the paper")
+           "factor on the identity matrix that is the initial memory; 1 in the paper")
     training = parser.add_argument_group("training")
     option(training, "--steps", flags.positive_int, 500_000, "N",
            "training steps; can be changed with --resume")

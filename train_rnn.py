@@ -71,8 +71,8 @@ def build_parser() -> flags.Parser:
     flags.switch(
         network,
         "--project",
-        "add a linear layer from the hidden units to --emsize before the softmax, as the relational memory "
-        "core has one; --tied then works with any --nhid",
+        "add a linear layer from the hidden units to --emsize before the softmax, as in the RMC language "
+        "model; --tied then works with any --nhid",
     )
     language_flags.add_dropout_flags(
         network,

@@ -197,7 +197,7 @@ def test_other_versions_are_read_and_other_formats_refused(good, tmp_path):
 def test_tensors_and_archives_larger_than_their_file_are_refused(tmp_path):
     path, packed = tmp_path / "c.pt", tmp_path / "packed.pt"
     torch.save({"format": 1, "model": [{"x": torch.zeros(1).expand(2**40)}]}, path)
-    with pytest.raises(UserError, match="less data than its shape claims"):
+    with pytest.raises(UserError, match="less data than its shape requires"):
         load_checkpoint(path)
     save_checkpoint(path, {"model": torch.zeros(2**20)})
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:

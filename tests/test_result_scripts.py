@@ -46,7 +46,7 @@ def run(script, tmp_path, *words, unfinished="nothing"):
         ("nth_farthest/run_gpu.sh", 4),
         ("nth_farthest/sweep.sh", 70),
         ("recipe_cpu/run.sh", 28),
-        ("wikitext2_pair/run.sh", 51),
+        ("wikitext2_pair/run.sh", 53),
     ],
 )
 def test_every_command_fits_its_script_and_finished_runs_are_skipped(script, count, tmp_path):

@@ -323,7 +323,7 @@ def test_a_text_that_has_moved_can_be_named(finished, tmp_path):
     _, folder = run(train_rnn, tmp_path / "corpus", tmp_path / "runs", "--epochs", "1")
     (tmp_path / "corpus").rename(tmp_path / "moved")
     for flag in ("--evaluate", "--resume"):
-        with pytest.raises(UserError, match="name its new place with --data"):
+        with pytest.raises(UserError, match="name its new folder with --data"):
             train_rnn.main([flag, str(folder)])
         assert train_rnn.main([flag, str(folder), "--data", str(tmp_path / "moved")]) == 0
 

@@ -77,7 +77,7 @@ def test_the_tool_measures_a_trained_run_on_its_own_corpus(corpus_folder, tmp_pa
     assert [row["columns"] for row in rows] == ["", "", "", "1"] * 2
     # Longer than the split: one segment, which is the split read as one stream.
     assert float(rows[2]["loss"]) == pytest.approx(float(rows[3]["loss"]), rel=1e-5)
-    with pytest.raises(UserError, match="has another one of"):
+    with pytest.raises(UserError, match="differs from that of"):
         state_lengths.main([str(tmp_path / "run" / "best.pt"), "--data", "tiny"])
     (tmp_path / "elsewhere.pt").write_bytes((tmp_path / "run" / "best.pt").read_bytes())
     with pytest.raises(UserError, match="Name the folder of the text with --data"):

@@ -581,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
         help=f"sections to run, of {', '.join(SECTIONS)}")  # fmt: skip
     add("--against", type=Path, metavar="FOLDER",
-        help="compare only RMC training steps, with those of another checkout")  # fmt: skip
+        help="only compare the RMC's training steps with those of another checkout")  # fmt: skip
     add("--rounds", type=flags.positive_int, metavar="N", help="samples of each variant (7, with --quick 5)")
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time of all threads, for a busy machine; best with --threads 1")  # fmt: skip

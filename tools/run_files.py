@@ -202,7 +202,7 @@ def read_study(path: Path) -> list[Run]:
                 )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is not a study file, line {len(found) + 1} is not a run "
+                f"{path} is not a study file: line {len(found) + 1} is not a run "
                 f"({type(error).__name__}: {error}). Make study files with tools/pack_runs.py."
             ) from None
     return found

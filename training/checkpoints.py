@@ -90,8 +90,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
             or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
         ):
             raise UserError(
-                f"{path} holds a tensor of shape {tuple(tensor.shape)} with less data than its shape claims. "
-                "Use another checkpoint."
+                f"{path} holds a tensor of shape {tuple(tensor.shape)} with less data than its shape "
+                "requires. Use another checkpoint."
             )
     return contents
 

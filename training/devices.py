@@ -165,7 +165,8 @@ def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> No
     if needed > present:
         raise UserError(
             f"a model of these sizes needs {needed / 1e9:,.1f} GB for weights, gradients and optimiser, but "
-            f"the {device.type} has {present / 1e9:,.1f} GB in all. Lower the sizes."
+            f"{'the GPU' if device.type == 'cuda' else 'this machine'} has only {present / 1e9:,.1f} GB. "
+            "Lower the sizes."
         )
 
 

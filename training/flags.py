@@ -155,7 +155,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
            "interval between saves of last.pt, in addition to those after each epoch and at the end; "
            "0 = only those")
     option(run, "--stop-after", non_negative_float, 0.0, "MINUTES",
-           "save and stop after this time, to be continued with --resume; 0 = off")
+           "save and stop after this time; --resume continues the run; 0 = off")
     option(run, "--resume", None, None, "RUN_FOLDER",
            "continue an earlier run from its last.pt, with its arguments")
     switch(run, "--bf16",

@@ -75,7 +75,8 @@ def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
            "(arXiv:1708.02182). Only windows of exactly --bptt tokens run as CUDA graphs",
            nargs="?", const=5.0)
     option(training, "--eval-batch-size", flags.positive_int, 32, "N",
-           "columns in evaluation; 1 scores a split as one stream; with --evaluate, default: as in the run")
+           "columns in evaluation; 1 scores a split as one stream; without this flag, --evaluate uses the "
+           "run's value")
     option(training, "--evaluate", None, None, "CHECKPOINT_OR_RUN",
            "only score a checkpoint, or the best model of a run folder, on valid and test; another text "
            "requires --data and a run with --vocab-from train")
@@ -108,7 +109,7 @@ def add_dropout_flags(
     probability("--dropout-weights", 0.0,
                 f"weight drop of {recurrent_matrices}, one mask per window (arXiv:1708.02182)")
     probability("--dropout-candidate", 0.0,
-                f"recurrent dropout of {candidate}, one mask per window (place: arXiv:1603.05118)")
+                f"recurrent dropout of {candidate}, one mask per window (applied as in arXiv:1603.05118)")
     # fmt: on
 
 
@@ -161,9 +162,9 @@ WIKITEXT2 = {
     "epochs": 7,
 }
 
-# For long runs: all parts of the AWD-LSTM, with Adam, a cosine and a moving average in place of SGD and
-# NT-ASGD, and less dropout of input and weights, because the models are a third of its size. Chosen by hand,
-# not measured.
+# For long runs: all parts of the AWD-LSTM but windows of random length. Adam, a cosine and a moving average
+# replace SGD and NT-ASGD. Dropout of input and weights is lower, because the models are a third of its size.
+# Chosen by hand, not measured.
 WIKITEXT2_REGULARISED = {
     "locked_dropout": True,
     "dropout_input": 0.4,

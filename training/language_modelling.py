@@ -361,7 +361,7 @@ def text_may_have_moved(named_by_run: object) -> Iterator[None]:
     except UserError as error:
         if not named_by_run:
             raise
-        raise UserError(f"{error} If the text has moved, name its new place with --data.") from None
+        raise UserError(f"{error} If the text has moved, name its new folder with --data.") from None
 
 
 def loss_text(loss: float) -> str:
@@ -470,21 +470,21 @@ def load_text(
     # Reading a corpus writes a cache into its folder: a foreign file must not choose the folder.
     if data is None and path.resolve().parent.parent != Path(str(saved.get("runs_folder"))).resolve():
         raise UserError(
-            f"{path} is not in a run folder in {saved.get('runs_folder')!r}, where its run was created. Name "
-            "the folder of the text with --data."
+            f"{path} is not in a run folder in {saved.get('runs_folder')!r}, where its run was created, so "
+            "its text is not loaded automatically. Name the folder of the text with --data."
         )
     with text_may_have_moved(data is None):
         corpus = load_corpus(folder, vocab_from)
     if corpus.vocabulary.words != vocabulary.words:
         advice = (
-            "Its run has --vocab-from train: keep its train.txt, and change only valid.txt and test.txt."
+            "Its run used --vocab-from train: only valid.txt and test.txt may differ from the run's text."
             if vocab_from == "train"
-            else "Its run has --vocab-from all: only its own text fits. To score another text, train "
-            "with --vocab-from train."
+            else "Its run used --vocab-from all, so it can be scored only on its own text. To score another "
+            "text, train with --vocab-from train."
         )
         raise UserError(
-            f"{path} has a vocabulary of {len(vocabulary):,} words, and {corpus.folder} has another one of "
-            f"{len(corpus.vocabulary):,}. {advice}"
+            f"the vocabulary of {path} ({len(vocabulary):,} words) differs from that of {corpus.folder} "
+            f"({len(corpus.vocabulary):,} words). {advice}"
         )
     return corpus
 

@@ -87,8 +87,8 @@ def create_run_folder(root: str | Path, name: str | None, script: str, record: d
     root = Path(root)
     if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise UserError(
-            "--name must be at most 100 letters, digits, '-', '_' and '.', starting with a letter or digit, "
-            f"got {name!r}."
+            "--name must be at most 100 letters, digits, '-', '_' and '.', starting with a letter, "
+            f"digit or '_', got {name!r}."
         )
     base = name or f"{script}-{time.strftime('%Y-%m-%d-%H%M%S')}"
     try:
