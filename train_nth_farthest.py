@@ -68,8 +68,6 @@ def build_parser() -> flags.Parser:
     model = parser.add_argument_group("model")
     option(model, "--model", None, "rmc", None, "relational memory core, or LSTM baseline", choices=MODELS)
     flags.add_core_flags(model, memslots=8, headsize=32, numheads=8, attmlplayers=2, keysize=0)
-    option(model, "--total-units", flags.positive_int, None, "N",
-           "memslots x numheads x headsize; sets the head size, in place of --headsize")
     option(model, "--nhid", flags.positive_int, 512, "N", "hidden units of the LSTM")
     option(model, "--outputlayers", flags.layer_count, 4, "N", "ReLU layers between the core and the logits")
     option(model, "--outputunits", flags.positive_int, 256, "N", "units of each of these layers")
@@ -109,22 +107,9 @@ def _sequence_length(text: str) -> int:
 
 
 def build_model(args: argparse.Namespace) -> NthFarthestModel:
-    """Return the model that the flags describe, with random weights.
-
-    Raises:
-        UserError: --total-units does not fit the other sizes.
-    """
-    core = flags.core_arguments(args)
-    if args.total_units is not None:
-        rows = args.memslots * args.numheads
-        if args.total_units % rows:
-            raise UserError(
-                f"--total-units must be a multiple of --memslots x --numheads = {rows}, got "
-                f"{args.total_units}. Try {max(1, round(args.total_units / rows)) * rows}."
-            )
-        core["head_size"] = args.total_units // rows
+    """Return the model that the flags describe, with random weights."""
     return NthFarthestModel(
-        **core,
+        **flags.core_arguments(args),
         num_vectors=args.num_vectors,
         num_dims=args.num_dims,
         model=args.model,
@@ -437,8 +422,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
     parser = build_parser()
     evaluate = functools.partial(evaluate_run, parser)
-    if {"total_units", "headsize"} <= parser.given(argv).keys():
-        raise UserError("--total-units and --headsize cannot be combined. Omit one of them.")
     script = trainer.Script(SCRIPT, parser, build, evaluate, resume_may_change=RESUME_MAY_CHANGE)
     return trainer.run(script, argv)
 

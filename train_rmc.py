@@ -27,7 +27,7 @@ RECIPES = {
         "lr": 0.0015,
     },
     # 10,753,158 parameters.
-    "wikitext2": {**language_flags.WIKITEXT2, "emsize": 184, "headsize": 176, "lr": 0.001},
+    "wikitext2": {**language_flags.WIKITEXT2, "emsize": 184, "headsize": 176, "lr": 0.002},
     # 10,665,278 parameters.
     "wikitext2-regularised": {
         **language_flags.WIKITEXT2_REGULARISED,

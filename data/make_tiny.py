@@ -1,7 +1,6 @@
 """Write data/tiny: small stories whose best possible perplexity is known exactly.
 
-    python data/make_tiny.py            write train.txt, valid.txt, test.txt and entropy.json
-    python data/make_tiny.py --check    check that the files are byte for byte those of this script
+    python data/make_tiny.py
 
 Each story has two children, a thing that one of them owns, and an order (one is older, taller ...). After the
 first sentences, many words are determined by RELATIONS: who has the thing, also after it was given away;
@@ -16,11 +15,9 @@ No model can be expected to do better.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
@@ -96,8 +93,7 @@ def weighted(options: Options) -> dict[str, int]:
 class Story:
     """One story and its state: the children, the owner of the thing, and the order.
 
-    The state has the same form before and after each episode. So any episode can follow any other, with the
-    same number of choices.
+    The state has the same form before and after each episode, so any episode can follow any other.
     """
 
     def __init__(self, teller: Teller):
@@ -161,7 +157,6 @@ class Story:
     def act(self, child: str) -> None:
         """Write what a child does, after its name."""
         tell = self.tell
-        # Owner and other child have the same number of words and choices, as class Story promises.
         play = "played with the" if child == self.owner else "asked for the"
         verb = tell.pick({play: 8, "saw a": 3, "waved to": 3, "felt": 2, "ran to the": 2, "ate": 2})
         if verb == play:
@@ -220,63 +215,6 @@ def best_perplexity(split: str) -> dict[str, float]:
     return {"tokens": len(told), "nats_per_token": round(nats, 6), "perplexity": round(math.exp(nats), 4)}
 
 
-def entropy_rate() -> dict[str, float]:
-    """Return the expected nats per token of an endless text: expected nats over expected tokens of a story.
-
-    Stories are independent. Every episode has the same numbers of options with the same weights (see Story),
-    and ends the story with a fixed probability, so a story has 1 / that probability episodes on average. It
-    is enough to enumerate all beginnings and all single episodes.
-    """
-    start_nats, start_tokens, _ = expectation(lambda story: story.begin())
-    both_nats, both_tokens, continued = expectation(lambda story: (story.begin(), story.episode())[1])
-    episodes = 1 / (1 - continued)
-    nats = start_nats + episodes * (both_nats - start_nats)
-    tokens = start_tokens + episodes * (both_tokens - start_tokens)
-    return {"nats_per_token": round(nats / tokens, 6), "perplexity": round(math.exp(nats / tokens), 4)}
-
-
-def expectation(tell: Callable[[Story], bool | None]) -> tuple[float, float, float]:
-    """Return expected nats, tokens and probability of a true result over all that `tell` can write."""
-    nats = tokens = true = 0.0
-    scripts: list[list[int]] = [[]]  # first choices of the texts still to be enumerated
-    while scripts:
-        teller = Enumerator(scripts.pop(), scripts)
-        result = tell(Story(teller))
-        nats += teller.probability * teller.nats
-        tokens += teller.probability * len(teller.words)
-        true += teller.probability * bool(result)
-    return nats, tokens, true
-
-
-class Enumerator(Teller):
-    """Follow a script of option indices, then take the first options and add scripts for the others.
-
-    Options of equal weight and length differ only in names. One of them represents all: otherwise there would
-    be millions of texts.
-    """
-
-    def __init__(self, script: list[int], scripts: list[list[int]]):
-        super().__init__(lambda weights: self.path[-1])
-        self.script, self.scripts = script, scripts
-        self.path: list[int] = []
-        self.probability = 1.0
-        self.nats = 0.0  # sum of the entropies of the choices so far
-
-    def pick(self, options: Options) -> str:
-        weights = weighted(options)
-        shares = [weight / sum(weights.values()) for weight in weights.values()]
-        self.nats -= sum(share * math.log(share) for share in shares)
-        alike = len({(weight, len(phrase.split())) for phrase, weight in weights.items()}) == 1
-        if len(self.path) < len(self.script):
-            index = self.script[len(self.path)]
-        else:
-            index = 0
-            self.scripts.extend(self.path + [other] for other in range(1, 1 if alike else len(shares)))
-        self.path.append(index)
-        self.probability *= 1.0 if alike else shares[index]
-        return super().pick(options)
-
-
 def text(split: str) -> str:
     """Return the text of a file: a sentence per line, words separated by spaces."""
     told = " ".join(word for word, _ in tell_split(split))
@@ -286,48 +224,17 @@ def text(split: str) -> str:
 def files() -> dict[str, bytes]:
     """Return the content of each file by its name."""
     made = {f"{split}.txt": text(split).encode() for split in SPLITS}
-    entropies = {split: best_perplexity(split) for split in SPLITS} | {"rate": entropy_rate()}
+    entropies = {split: best_perplexity(split) for split in SPLITS}
     made["entropy.json"] = (json.dumps(entropies, indent=2) + "\n").encode()
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write or check the files and print the entropies; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
-    parser.add_argument(
-        "--folder", type=Path, default=FOLDER, help="folder of the files (default: data/tiny)"
-    )
-    args = parser.parse_args(argv)
-    made = files()
-    paths = {name: args.folder / name for name in made}
-    if args.check:
-        wrong = [
-            name for name, path in paths.items() if not path.is_file() or path.read_bytes() != made[name]
-        ]
-        if wrong:
-            print(f"error: missing or different in {args.folder}: {', '.join(wrong)}.", file=sys.stderr)
-            print("To write the files: python data/make_tiny.py", file=sys.stderr)
-            return 1
-    else:
-        try:
-            args.folder.mkdir(parents=True, exist_ok=True)
-            for name, path in paths.items():
-                path.write_bytes(made[name])
-        except OSError as error:
-            print(f"error: cannot write into {args.folder}: {error.strerror}.", file=sys.stderr)
-            print("Choose another --folder.", file=sys.stderr)
-            return 2
-    for name, best in json.loads(made["entropy.json"]).items():
-        size = f"{best['tokens']:,} tokens" if "tokens" in best else "endless text"
-        print(
-            f"{name}: {size}, best possible perplexity {best['perplexity']:.4f} "
-            f"({best['nats_per_token']:.6f} nats per token)"
-        )
-    return 0
+def main() -> None:
+    """Write the files and print the entropies."""
+    for name, content in files().items():
+        (FOLDER / name).write_bytes(content)
+    print((FOLDER / "entropy.json").read_text())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -206,7 +206,6 @@ REFUSED = [
     ("train_rmc", "--evaluate RUN --resume RUN", ["--evaluate and --resume cannot be combined"]),
     ("train_rmc", "--evaluate RUN --recipe tiny", ["--evaluate and --recipe cannot be combined"]),
     ("train_nth_farthest", "--evaluate RUN --resume RUN", ["--evaluate and --resume cannot be combined"]),
-    ("train_nth_farthest", "--total-units 16", ["--total-units and --headsize cannot be combined"]),
     ("train_nth_farthest", "--num-vectors 1", ["--num-vectors", "must be 2 or more, got 1"]),
     ("train_nth_farthest", "--target-accuracy 2", ["--target-accuracy", "above 0 and at most 1"]),
     ("train_nth_farthest", "--curriculum-dims 1 5", ["must not exceed --num-dims, which is 2, got 5"]),
@@ -247,10 +246,6 @@ REFUSED = [
     ("train_rnn", "--model CNN", ["--model", "'CNN'", "LSTM"]),
     ("train_rmc", "--gatestyle units", ["--gatestyle", "'units'", "memory"]),
     ("train_rmc", "--recipe huge", ["--recipe", "'huge'", "tiny"]),
-    ("train_rmc", "--vocab-from valid", ["--vocab-from", "'valid'", "train"]),
-    ("train_rmc", "--schedule linear", ["--schedule", "'linear'", "cosine"]),
-    ("train_rmc", "--average sgd", ["--average", "'sgd'", "nt-asgd"]),
-    ("train_nth_farthest", "--model gru", ["--model", "'gru'", "lstm"]),
     ("train_rmc", "--batch 3", ["unrecognized arguments: --batch"]),  # abbreviations are not guessed
     ("train_rmc", "--batch__size 3", ["unrecognized arguments: --batch__size"]),
     ("train_rmc", "stray", ["unrecognized arguments: stray"]),

@@ -248,18 +248,6 @@ def test_a_full_disk_is_not_blamed_on_the_mirror(server, monkeypatch):
     assert len(server.requested) == 1
 
 
-def test_ctrl_c_midway_leaves_nothing(server, monkeypatch):
-    def ctrl_c(*args):
-        raise KeyboardInterrupt  # as Python does at the signal
-
-    server.files = RAW
-    publish(monkeypatch, f"{server.url}/raw/")
-    monkeypatch.setattr(data_utils, "verify", ctrl_c)
-    with pytest.raises(KeyboardInterrupt):
-        load_corpus("corpus")
-    check_nothing_left()
-
-
 def test_every_published_file_is_verified():
     assert list(data_utils.PUBLISHED) == ["wikitext-2", "wikitext-103"]
     lengths = {"git": 40, "sha256": 64, "md5": 32}

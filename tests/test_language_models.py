@@ -120,15 +120,6 @@ def test_two_windows_equal_one_long_window(name):
     torch.testing.assert_close(gradients(model, first + second), gradients(model, whole), **EXACT)
 
 
-@NAMES
-def test_sequences_do_not_share_an_initial_state(name):
-    model = build(name, torch.float32)
-    state = model.initial_state(B)
-    assert state.dtype == torch.float32 and torch.equal(state, model.initial_state(1).expand_as(state))
-    state[0] += 1
-    assert not torch.equal(state[0], state[1])
-
-
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("model", ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"])
 def test_fused_layer_equals_loop_of_cells(model, layers):

@@ -96,8 +96,6 @@ def test_every_flag_reaches_the_model():
     assert arguments("--gatestyle", "None").gatestyle == "none"
     assert script.build_model(arguments("--gatestyle", "none")).config["gate_style"] is None
     assert script.build_model(arguments("--model", "lstm")).config["model"] == "lstm"
-    units = ["--total-units", "2048", "--memslots", "16", "--numheads", "1"]
-    assert script.build_model(script.build_parser().parse_args(units)).config["head_size"] == 128
 
 
 def test_defaults_are_the_papers():

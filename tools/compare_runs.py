@@ -30,8 +30,6 @@ from training import console, flags
 import run_files
 from run_files import Run
 
-TEST_EXAMPLES = 3200  # of the Nth-farthest test set
-
 
 @functools.cache
 def defaults(script: str) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def steps_to(run: Run, level: float | None = None) -> str:
     """
     if level is None:
         plateau = 2 / run.arguments["num_vectors"]
-        level = plateau + 6 * math.sqrt(plateau * (1 - plateau) / TEST_EXAMPLES)
+        level = plateau + 6 * math.sqrt(plateau * (1 - plateau) / run.arguments["test_examples"])
     reached = [e["step"] for e in run.events if (e.get("test_accuracy") or 0) >= level]
     return f"{reached[0]:,}" if reached else "-"
 

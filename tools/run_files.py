@@ -29,6 +29,7 @@ NTH_FARTHEST = "train_nth_farthest"
 NOT_SETTINGS = (
     "seed", "name", "recipe", "resume", "evaluate", "state_lengths", "cuda", "threads", "log_interval",
     "save_every", "runs_folder", "no_cuda_graph", "collective_timeout", "stop_after",
+    "total_units",  # a former flag, never used in a stored run
 )  # fmt: skip
 
 

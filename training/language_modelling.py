@@ -461,18 +461,11 @@ def load_text(
         data: folder of the corpus; None for that of the checkpoint's run.
 
     Raises:
-        UserError: the corpus cannot be loaded or has another vocabulary; or `data` is None and the checkpoint
-            is not in the folder of runs that it names.
+        UserError: the corpus cannot be loaded or has another vocabulary.
     """
     saved = saved_arguments(checkpoint)
     vocab_from = "train" if saved.get("vocab_from") == "train" else "all"
     folder = str(saved.get("data")) if data is None else data
-    # Reading a corpus writes a cache into its folder: a foreign file must not choose the folder.
-    if data is None and path.resolve().parent.parent != Path(str(saved.get("runs_folder"))).resolve():
-        raise UserError(
-            f"{path} is not in a run folder in {saved.get('runs_folder')!r}, where its run was created, so "
-            "its text is not loaded automatically. Name the folder of the text with --data."
-        )
     with text_may_have_moved(data is None):
         corpus = load_corpus(folder, vocab_from)
     if corpus.vocabulary.words != vocabulary.words:

@@ -133,5 +133,5 @@ for stage in "$@"; do
         *) echo "no stage $stage: choose original, recipe, table, search, best or ablation" >&2; exit 2 ;;
     esac
 done
-limited "$PYTHON" tools/compare_runs.py "$OUT" >"$OUT/summary.md"
+"$PYTHON" tools/compare_runs.py "$OUT" >"$OUT/summary.md"
 echo "finished: $OUT"

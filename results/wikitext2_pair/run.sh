@@ -71,7 +71,9 @@ changes() {
     for change in ${2:-$names}; do
         if [[ $change != scale-* ]]; then
             run small "$model" "change-$model-$change" "${base[@]}" ${flags[$change]}
-        elif ! finished "change-rmc-$change"; then
+        elif [[ -e $OUT/change-rmc-$change/last.pt ]]; then # has the scaled weights
+            train train_rmc "change-rmc-$change"
+        else
             limited "$PYTHON" results/initial_scale.py "${change#scale-}" train_rmc "${small_rmc[@]}" \
                 "${common[@]}" "${base[@]}" --runs-folder "$OUT" --name "change-rmc-$change"
         fi
