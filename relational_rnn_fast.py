@@ -73,10 +73,7 @@ class FastRelationalMemory(RelationalMemory):
             else:
                 memories = _Window(self, weights).forward(*given)
                 last = memories[-1].clone()  # a view would keep the memories of all steps
-        before = memories[-2] if len(memories) > 1 else memory
-        if resets is not None:
-            before = torch.where(resets[-1], reset_memory, before)
-        return memories.flatten(2).transpose(0, 1), last, before
+        return memories.flatten(2).transpose(0, 1), last
 
     def _can_scan(self, inputs: Tensor) -> bool:
         """Return whether the hand-written pass is used; warn if hooks, layers or transforms prevent it."""

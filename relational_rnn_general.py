@@ -226,18 +226,16 @@ class RelationalMemory(nn.Module):
         self,
         inputs: Tensor,
         memory: Tensor | None = None,
-        return_gates: bool = False,
         candidate_mask: Tensor | None = None,
         resets: Tensor | None = None,
         reset_memory: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor]:
         """Run the core over a sequence.
 
         Args:
             inputs: (B, T, ...), flattened after T to input_size; with input_rows > 1, (B, T, M, ...),
                 flattened after M.
             memory: memory before the first step, (B, N, D). None means the initial state.
-            return_gates: whether to return the last step's gates as well.
             candidate_mask: factors on the candidate (after its tanh if there are gates) at every step,
                 (B, N, D). Recurrent dropout of Semeniuta et al. 2016 (arXiv:1603.05118) multiplies here. The
                 mask gets no gradient.
@@ -249,17 +247,12 @@ class RelationalMemory(nn.Module):
             outputs: (B, T, N * D) with return_all_outputs, else the last step's (B, N * D).
             memory: the memory after the last step, (B, N, D). Nothing is detached: gradients reach the given
                 memory. Do not change the results in place before the backward pass.
-            (input_gate, forget_gate) of the last step if return_gates is set, see gates().
             For padded sequences of different lengths (B,), use return_all_outputs: the memory at the end of
             each is outputs[torch.arange(B), lengths - 1].unflatten(1, (N, D)).
 
         Raises:
             ValueError, TypeError: an input that does not fit. The message says what was expected.
         """
-        if return_gates and self.gate_style is None:
-            raise ValueError(
-                "return_gates needs a core with gates, but gate_style is None. Set a gate_style."
-            )
         inputs = self._checked_inputs(inputs, leading=("B", "T"))  # (B, T, M, input_size)
         memory = self._checked_memory("memory", memory, inputs)
         mask = self._checked_mask(candidate_mask, memory)
@@ -270,11 +263,8 @@ class RelationalMemory(nn.Module):
                     f"resets must be bool of shape (B, T) = {expected}, got {resets.dtype} of shape {found}"
                 )
             reset_memory = self._checked_memory("reset_memory", reset_memory, inputs)
-        outputs, memory, before = self._run(inputs, memory, mask, resets, reset_memory)
-        output = outputs if self.return_all_outputs else memory.flatten(1)
-        if return_gates:
-            return output, memory, self.gates(self.input_projection(inputs[:, -1]), before)
-        return output, memory
+        outputs, memory = self._run(inputs, memory, mask, resets, reset_memory)
+        return outputs if self.return_all_outputs else memory.flatten(1), memory
 
     def _run(
         self,
@@ -283,17 +273,16 @@ class RelationalMemory(nn.Module):
         mask: Tensor | None,
         resets: Tensor | None,
         reset_memory: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Loop over the steps; return outputs (B, T, N * D) or None, the last memory and the one before."""
+    ) -> tuple[Tensor | None, Tensor]:
+        """Loop over the steps; return outputs (B, T, N * D) or None, and the last memory (B, N, D)."""
         outputs = []
         for t, input_t in enumerate(inputs.unbind(1)):
-            before = memory
             if resets is not None:
-                before = torch.where(resets[:, t, None, None], reset_memory, memory)
-            memory, _ = self._advance(input_t, before, mask)
+                memory = torch.where(resets[:, t, None, None], reset_memory, memory)
+            memory, _ = self._advance(input_t, memory, mask)
             if self.return_all_outputs:
                 outputs.append(memory.flatten(1))
-        return torch.stack(outputs, dim=1) if outputs else None, memory, before
+        return torch.stack(outputs, dim=1) if outputs else None, memory
 
     @torch.no_grad()
     def inspect(self, inputs: Tensor, memory: Tensor | None = None) -> StepDetails:

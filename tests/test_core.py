@@ -113,16 +113,15 @@ def test_resets_equal_a_loop_of_steps_with_where_in_results_and_gradients(option
     memory = randn(B, slots, D, requires_grad=True, seed=2)
     reset_memory = randn(B, slots, D, requires_grad=True, seed=3) if given else None
     resets = torch.tensor([[False, True, False, True, False], [True, False, False, False, True]])
-    outputs, final, gates = core(inputs, memory, resets=resets, reset_memory=reset_memory, return_gates=True)
+    outputs, final = core(inputs, memory, resets=resets, reset_memory=reset_memory)
     expected, now = [], memory
     for t in range(T):
         fresh = core.initial_state(B) if reset_memory is None else reset_memory
         now = torch.where(resets[:, t, None, None], fresh, now)
-        now, details = RelationalMemory.step(core, inputs[:, t], now, return_details=True)
+        now = RelationalMemory.step(core, inputs[:, t], now)
         expected.append(now.flatten(1))
     torch.testing.assert_close(outputs, torch.stack(expected, dim=1), rtol=0, atol=1e-12)
     torch.testing.assert_close(final, now, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gates, (details.input_gate, details.forget_gate), rtol=0, atol=1e-12)
     leaves = [inputs, memory, *core.parameters(), *([reset_memory] if given else [])]
     factor = randn(B, T, slots * D, seed=4)
     ours = torch.autograd.grad((outputs * factor).sum(), leaves)
@@ -159,12 +158,11 @@ def test_candidate_mask_multiplies_the_candidate_and_gets_no_gradient(gate_style
 def test_gates_and_attention_of_one_step_and_of_a_sequence_agree(gate, width, kind):
     core = make_core(kind, gate_style=gate, num_blocks=2)
     inputs = randn(B, T, INPUT)
-    _, memory, gates = core(inputs, return_gates=True)
+    _, memory = core(inputs)
     _, before = core(inputs[:, :-1])
     after, details = core.step(inputs[:, -1], before, return_details=True)
     torch.testing.assert_close(after, memory)
     assert details.input_gate.shape == (B, N, width)
-    torch.testing.assert_close(gates, (details.input_gate, details.forget_gate))
     assert [a.shape for a in details.attention] == [(B, H, N + 1, N + 1)] * 2
     torch.testing.assert_close(details.attention[1].sum(-1), torch.ones(B, H, N + 1).double())
     whole = core.inspect(inputs)
@@ -176,8 +174,6 @@ def test_gates_and_attention_of_one_step_and_of_a_sequence_agree(gate, width, ki
 
 def test_core_without_gates_has_none_to_return(kind):
     core, inputs = make_core(kind, gate_style=None, input_rows=2), randn(B, T, 2, INPUT)
-    with pytest.raises(ValueError, match="gate_style is None"):
-        core(inputs, return_gates=True)
     assert core.step(inputs[:, 0], core.initial_state(B), return_details=True)[1].input_gate is None
     details = core.inspect(inputs, randn(B, N, D))
     assert details.forget_gate is None and details.attention[0].shape == (B, T, H, N + 2, N + 2)
@@ -310,12 +306,12 @@ def test_autocast_lowers_products_only(blocks, kind):
         core.step(inputs[:, 0], core.initial_state(B))
     assert normed == [torch.float32]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs, memory, gates = core(inputs, return_gates=True)
+        outputs, memory = core(inputs)
         _, details = core.step(inputs[:, 0], memory, return_details=True)
         from_lower, _ = core(inputs.bfloat16(), core.initial_state(B).bfloat16())
         loss = outputs.square().mean()
     loss.backward()
-    assert {x.dtype for x in (outputs, memory, *gates, *details.attention, from_lower)} == {torch.float32}
+    assert {x.dtype for x in (outputs, memory, *details.attention, from_lower)} == {torch.float32}
     for value in (outputs, *details.attention, details.input_gate):
         assert not torch.equal(value, value.bfloat16().float())  # numbers of full precision
     assert 0 < (outputs - exact).abs().max() < 0.2 and (from_lower - exact).abs().max() < 0.2

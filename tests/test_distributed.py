@@ -65,7 +65,7 @@ def language_trainer(folder, processes, kind, flags="--dropout 0"):
     script, sizes = MODELS[kind]
     parser = script.build_parser()
     args = parser.parse_args([*FLAGS.split(), *sizes.split(), *flags.split(), "--data", str(folder / "text")])
-    devices.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     built = language_modelling.script(
         f"train_{kind}", kind, parser, lambda *given: script.build_model(*given).double(), {}
     )
@@ -76,7 +76,7 @@ def language_trainer(folder, processes, kind, flags="--dropout 0"):
 
 def nth_trainer(processes, flags):
     args = train_nth_farthest.build_parser().parse_args([*NTH.split(), *flags.split()])
-    devices.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     return train_nth_farthest.build(args, CPU, processes)
 
 
@@ -340,7 +340,7 @@ def test_resume_with_another_number_of_processes(groups, folder, capsys):
         assert "dropout continues with other random numbers" in capsys.readouterr().err
         draws.append(torch.rand(3))
     assert torch.equal(back.task.state, last["state"])
-    devices.seed_everything(back.args.seed)
+    torch.manual_seed(back.args.seed)
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], torch.rand(3))
 
 

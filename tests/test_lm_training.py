@@ -4,7 +4,7 @@ import copy
 import math
 import random
 
-from training import checkpoints, console, devices, language_modelling, runs
+from training import checkpoints, console, language_modelling, runs
 from training.console import UserError
 from training.distributed import ALONE
 from training.language_flags import choose_softmax
@@ -40,7 +40,7 @@ def ids(count, seed):
 def make_trainer(folder, kind, *argv, dtype=torch.float32):
     script, sizes = SCRIPTS[kind]
     args = script.build_parser().parse_args([*f"{sizes} {COMMON}".split(), *argv])
-    devices.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     corpus = Corpus(folder, Vocabulary([f"w{i}" for i in range(V)]), ids(505, 1), ids(101, 2), ids(97, 3))
     model = script.build_model(args, V, choose_softmax(args, V)).to(dtype)
     cpu = torch.device("cpu")

@@ -38,7 +38,7 @@ def resume(folder, *flags):
 
 def build(*flags):
     """Return a trainer, and write it no run folder."""
-    devices.seed_everything(1)
+    torch.manual_seed(1)
     return script.build(arguments(*flags), CPU, script.ALONE)
 
 

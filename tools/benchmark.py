@@ -1,9 +1,8 @@
 """Time the relational memory core against an LSTM and against its floor, the matrix products that it needs.
 
 Examples:
-    python tools/benchmark.py --quick                            two minutes on two CPU cores
-    python tools/benchmark.py --threads 2 > cpu.md               everything, as Markdown tables
-    python tools/benchmark.py --threads 1 --clock cpu --against ../older    compare with another checkout
+    python tools/benchmark.py --quick                 two minutes on two CPU cores
+    python tools/benchmark.py --threads 2 > cpu.md    everything, as Markdown tables
 
 Sections (--only):
     lm       the language models: a training step, and the forward pass alone (evaluation)
@@ -30,7 +29,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib
 import json
 import math
 import subprocess
@@ -38,12 +36,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import NamedTuple
 
-import _project
+import _project  # noqa: F401
 from training import console, devices, flags, runs
 
 import torch
@@ -51,8 +47,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.softmax import choose_cutoffs
+from nth_farthest import NthFarthestModel, make_batch
 from relational_rnn_fast import FastRelationalMemory
 from relational_rnn_general import RelationalMemory
+from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 
 SECTIONS = ("lm", "nth", "core", "step", "memory")
@@ -101,7 +99,6 @@ class Task:
 
 
 NTH = Task(1600, 8, None, False, 192, 8, 32, 8, 32, 2, 512)
-TINY = Task(32, 32, 121, False, 128, 1, 32, 4, 32, 2, 256)  # train_rmc.py --recipe tiny
 
 
 class Plan(NamedTuple):
@@ -111,7 +108,6 @@ class Plan(NamedTuple):
     rounds: int
     seconds: float
     nth: Task = NTH
-    tiny: Task = TINY
 
 
 FULL = Plan(tuple(Task(b, t, adaptive=a) for b, t in ((32, 35), (64, 100)) for a in (False, True)), 7, 0)
@@ -121,20 +117,14 @@ QUICK = Plan(tuple(Task(16, 20, 10000, a) for a in (False, True)), 5, 2, replace
 # ---- what is timed
 
 
-def import_models() -> SimpleNamespace:
-    """Import the modules that build the RMC models, from wherever sys.path finds them first."""
-    names = ("relational_rnn_models", "nth_farthest")
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-
-
 class Model:
     """A model with its batch and optimiser. `train` and `forward` do one step and return nothing."""
 
-    def __init__(self, task: Task, variant: str, device: torch.device, bf16: bool, modules: SimpleNamespace):
+    def __init__(self, task: Task, variant: str, device: torch.device, bf16: bool):
         torch.manual_seed(1)
         self.task, self.variant, self.device, self.bf16 = task, variant, device, bf16
-        self.model = build_model(task, variant, modules).to(device)
-        self.inputs = make_inputs(task, device, modules)
+        self.model = build_model(task, variant).to(device)
+        self.inputs = make_inputs(task, device)
         self.state = self.model.initial_state(task.batch) if task.vocab_size else None
         # CUDA graphs as in training, which does without them for the adaptive softmax.
         captured = device.type == "cuda" and variant in (RMC, LSTM) and not task.adaptive
@@ -174,11 +164,11 @@ class Model:
         self.loss()
 
 
-def build_model(task: Task, variant: str, modules: SimpleNamespace) -> nn.Module:
+def build_model(task: Task, variant: str) -> nn.Module:
     """Build a model of a variant, on the CPU."""
     if task.vocab_size is None:
         kind = "lstm" if variant == LSTM else "rmc"
-        model = modules.nth_farthest.NthFarthestModel(
+        model = NthFarthestModel(
             task.steps, NTH_DIMENSIONS, model=kind, hidden_size=task.lstm_size, **task.core
         )
     else:
@@ -187,19 +177,17 @@ def build_model(task: Task, variant: str, modules: SimpleNamespace) -> nn.Module
         if variant in (LSTM, CELLS):
             size, fused = task.lstm_size, variant == LSTM
             return RNNLM(task.vocab_size, "LSTM", size, size, fused=fused, **options)
-        model = modules.relational_rnn_models.RelationalMemoryLM(
-            task.vocab_size, task.embedding, **task.core, **options
-        )
+        model = RelationalMemoryLM(task.vocab_size, task.embedding, **task.core, **options)
     if variant in (PLAIN, NAIVE):
         model.core.__class__ = RelationalMemory  # same parameters, without the fast path
     return model
 
 
-def make_inputs(task: Task, device: torch.device, modules: SimpleNamespace) -> tuple[Tensor, Tensor]:
+def make_inputs(task: Task, device: torch.device) -> tuple[Tensor, Tensor]:
     """Make the batch of all variants: tokens and targets (B, T), or inputs (B, K, F) and targets (B,)."""
     generator = torch.Generator().manual_seed(2)
     if task.vocab_size is None:
-        batch = modules.nth_farthest.make_batch(task.batch, task.steps, NTH_DIMENSIONS, generator)
+        batch = make_batch(task.batch, task.steps, NTH_DIMENSIONS, generator)
     else:
         # Frequencies of about 1 / rank decide how many rows each cluster of the adaptive softmax gets.
         weights = 1 / (torch.arange(task.vocab_size) + 2.7)
@@ -285,7 +273,7 @@ class Attention:
 class Floor:
     """The matrix products of a task, explained at the top of this file."""
 
-    def __init__(self, task: Task, device: torch.device, modules: SimpleNamespace):
+    def __init__(self, task: Task, device: torch.device):
         torch.manual_seed(1)
         self.steps = task.steps
         width, rows, count = task.mem_size, task.batch * task.mem_slots, task.batch * task.steps
@@ -306,7 +294,7 @@ class Floor:
         self.recurrent += [Product(device, rows, width, width, task.steps) for _ in range(task.mlp_layers)]
         self.recurrent.append(Product(device, rows, width, gates, task.steps))
 
-        model, chunk = build_model(task, RMC, modules), CHUNK[device.type]
+        model, chunk = build_model(task, RMC), CHUNK[device.type]
         if task.vocab_size is None:
             head = [layer for layer in model.head if isinstance(layer, nn.Linear)]
             self.after = [
@@ -317,7 +305,7 @@ class Floor:
         if not task.adaptive:
             self.after.append(Product(device, count, task.embedding, task.vocab_size, chunk=chunk))
             return
-        targets = make_inputs(task, device, modules)[1]
+        targets = make_inputs(task, device)[1]
         layer, low = model.output_layer, choose_cutoffs(task.vocab_size)
         self.after.append(Product(device, count, task.embedding, layer.head.out_features, chunk=chunk))
         for start, stop, (project, _) in zip(low, [*low[1:], task.vocab_size], layer.tail, strict=True):
@@ -361,7 +349,6 @@ class Bench:
         self.plan = QUICK if args.quick else FULL
         self.rounds = args.rounds or self.plan.rounds
         self.clock = time.process_time if args.clock == "cpu" else time.perf_counter
-        self.modules = import_models()
 
     def header(self, clock: str) -> str:
         about = runs.describe_environment()
@@ -421,10 +408,9 @@ class Bench:
         """Print the tables of a task: training step and forward pass."""
         for phase, title in (("train", "training step"), ("forward", "forward pass")):
             calls = {
-                variant: getattr(Model(task, variant, self.device, self.bf16, self.modules), phase)
-                for variant in variants
+                variant: getattr(Model(task, variant, self.device, self.bf16), phase) for variant in variants
             }
-            calls[FLOOR] = getattr(Floor(task, self.device, self.modules), phase)
+            calls[FLOOR] = getattr(Floor(task, self.device), phase)
             items = task.batch * (task.steps if task.vocab_size else 1)
             self.table(f"{task}: {title}", calls, items)
 
@@ -462,7 +448,7 @@ class Bench:
                 rows.append([str(task), variant, f"{peak:,.0f}", f"{peak - start:,.0f}"])
         say_table("peak memory of a training step", ["task", "variant", "MB", "MB above start"], rows)
 
-    def peak(self, task: Task, variant: str, tree: Path | None = None) -> tuple[float, float]:
+    def peak(self, task: Task, variant: str) -> tuple[float, float]:
         """Return the peak of two training steps in a process of its own, and its start, in MB.
 
         On the CPU, resident memory; the start includes one step of a minimal model, which loads libraries. On
@@ -471,7 +457,7 @@ class Bench:
         print(f"... memory: {task}: {variant}", file=sys.stderr, flush=True)
         request = {
             "task": asdict(task), "variant": variant, "device": str(self.device), "bf16": self.bf16,
-            "threads": torch.get_num_threads(), "tree": tree and str(tree.resolve()),
+            "threads": torch.get_num_threads(),
         }  # fmt: skip
         answer = subprocess.run(
             [sys.executable, __file__, "--peak-of", json.dumps(request)], capture_output=True, text=True
@@ -482,20 +468,6 @@ class Bench:
             return math.nan, math.nan
         peak, start = json.loads(answer.stdout.splitlines()[-1])
         return peak / 1e6, start / 1e6
-
-    def compare(self, folder: Path) -> None:
-        """Print the table of RMC training steps of this tree against those of another checkout."""
-        other, rows = import_tree(folder), []
-        for task in (*self.plan.language_models, self.plan.tiny, self.plan.nth):
-            print(f"... {task}", file=sys.stderr, flush=True)
-            here, there = (Model(task, RMC, self.device, self.bf16, m).train for m in (self.modules, other))
-            times = self.measure({"here": here, "there": there})
-            here, there = times["here"], times["there"]
-            peaks = [self.peak(task, RMC, tree)[0] for tree in (None, folder)]
-            rows.append([str(task), spread(here), spread(there), f"{ratio(here, there):.3f}"])
-            rows[-1] += [f"{peak:,.0f}" for peak in peaks] + [f"{peaks[0] / peaks[1]:.2f}"]
-        columns = ["task", "ms here", "ms there", "ratio", "peak MB here", "peak MB there", "ratio"]
-        say_table(f"RMC training step of this tree against {folder}", columns, rows)
 
 
 def say_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -516,41 +488,15 @@ def ratio(own: Sequence[float], other: Sequence[float]) -> float:
     return median(a / b for a, b in zip(own, other, strict=True))
 
 
-def import_tree(folder: Path) -> SimpleNamespace:
-    """Import the RMC models of another checkout, beside those of this one."""
-    if not (folder / "relational_rnn_models.py").is_file():
-        raise console.UserError(f"{folder} has no relational_rnn_models.py. Give a checkout of this project.")
-    roots = {_project.FOLDER, folder.resolve()}
-
-    def loaded() -> dict[str, object]:
-        """Return the loaded modules of both checkouts, except those of a virtual environment in them."""
-        paths = {name: Path(getattr(module, "__file__", None) or "/") for name, module in sys.modules.items()}
-        inside = {n for n, p in paths.items() if roots & set(p.parents) and "site-packages" not in p.parts}
-        return {name: sys.modules[name] for name in inside}
-
-    own = loaded()
-    sys.path.insert(0, str(folder.resolve()))
-    for name in own:
-        del sys.modules[name]
-    try:
-        return import_models()
-    finally:
-        for name in loaded():
-            del sys.modules[name]
-        sys.path.remove(str(folder.resolve()))
-        sys.modules.update(own)
-
-
 def report_peak(request: str) -> None:
     """Print the peak and the start in bytes, for Bench.peak."""
     wanted = json.loads(request)
     torch.set_num_threads(wanted["threads"])
     device, task = torch.device(wanted["device"]), Task(**wanted["task"])
     devices.keep_freed_memory()
-    modules = import_tree(Path(wanted["tree"])) if wanted["tree"] else import_models()
 
     def run(task: Task, steps: int) -> int:
-        model = Model(task, wanted["variant"], device, wanted["bf16"], modules)
+        model = Model(task, wanted["variant"], device, wanted["bf16"])
         for _ in range(steps):
             model.train()
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
@@ -580,8 +526,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--quick", action="store_true", help="small sizes and few rounds: two minutes on two CPU cores")
     add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
         help=f"sections to run, of {', '.join(SECTIONS)}")  # fmt: skip
-    add("--against", type=Path, metavar="FOLDER",
-        help="only compare the RMC's training steps with those of another checkout")  # fmt: skip
     add("--rounds", type=flags.positive_int, metavar="N", help="samples of each variant (7, with --quick 5)")
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time of all threads, for a busy machine; best with --threads 1")  # fmt: skip
@@ -599,8 +543,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices.keep_freed_memory()
     bench = Bench(args, device)
     console.say(bench.header(args.clock))
-    if args.against is not None:
-        return bench.compare(args.against)
     language_models, nth = bench.plan.language_models, bench.plan.nth
     for task in language_models if "lm" in args.only else ():
         bench.models(task, (RMC, PLAIN, NAIVE, LSTM, CELLS))

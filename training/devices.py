@@ -8,14 +8,12 @@ import functools
 import math
 import os
 import platform
-import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from training.console import UserError, first_line
 
-import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -206,21 +204,11 @@ class Replicas(nn.DataParallel):
 # ---- random numbers
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch (all devices), numpy and Python."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def random_states() -> dict[str, Any]:
-    """Return the states of all random number generators as plain data for a checkpoint."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    """Return the states of torch's random number generators for a checkpoint."""
     return {
         "torch": torch.get_rng_state(),
-        "python": random.getstate(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
     }
 
 
@@ -231,10 +219,6 @@ def restore_random_states(states: dict[str, Any]) -> bool:
         False if the GPU states were not restored, because the number of visible GPUs has changed.
     """
     torch.set_rng_state(states["torch"].cpu())
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(states["cuda"]) == count:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

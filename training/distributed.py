@@ -159,7 +159,7 @@ class Processes:
         """
         if self.rank > 0 or step > 0:
             sequence = np.random.SeedSequence((seed, self.rank, step))
-            devices.seed_everything(int(sequence.generate_state(1)[0]))
+            torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def restore_random_states(self, states: Sequence[dict[str, Any]], seed: int, step: int) -> None:
         """Restore this process's random generators from those of all ranks.

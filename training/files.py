@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +42,9 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             try:
@@ -51,8 +52,6 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
             except OSError as error:
                 if error.errno not in NO_FSYNC:
                     raise
-        # mkstemp makes files that only their owner can read; open() would have given this mode.
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -81,12 +80,6 @@ def check_writable(path: str | Path) -> None:
 def _is_special(path: str | Path) -> bool:
     # Not by the resolved path: for /dev/stdout on a pipe that would be a name that does not exist.
     return os.path.exists(path) and not os.path.isfile(path)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)  # the only portable way to read it is to set it
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -441,9 +441,9 @@ class Trainer:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             checkpoints.check_optimizer(self.optimizer)
-            position = checkpoint["position"]
-            checkpoints.restore_fields(self.at, position)
-            checkpoints.restore_fields(self.task.position, position)
+            for part in (self.at, self.task.position):
+                for name in vars(part):
+                    setattr(part, name, checkpoint["position"][name])
             self.lr.load_state_dict(checkpoint["schedule"], self.at.step)
             if self.task.average is not None:
                 self.task.average.load_state_dict(checkpoint["average"])
@@ -532,7 +532,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
     if args.evaluate is not None:
         return script.evaluate(args, given)
     device, processes = distributed.start(args)
-    devices.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     trainer = script.build(args, device, processes)
     processes.seed_apart(args.seed)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
