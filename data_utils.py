@@ -23,7 +23,7 @@ import shutil
 import urllib.request
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -119,11 +119,11 @@ def load_corpus(data: str, vocab_from: str = "all") -> Corpus:
     for split in SPLITS:
         with open(folder / f"{split}.txt", "rb") as file:
             digests.append(hash_file(file, hashlib.sha256()))
-    corpus = load_cache(cache_path(folder, vocab_from, digests))
+    path = cache_path(folder, vocab_from, digests)
+    corpus = load_cache(path)
     if corpus is None:
-        # The name depends on the bytes that were tokenised: a text may have changed since the lines above.
-        corpus, digests = tokenise(folder, vocab_from)
-        save_cache(corpus, cache_path(folder, vocab_from, digests))
+        corpus = tokenise(folder, vocab_from)
+        save_cache(corpus, path)
     return corpus
 
 
@@ -181,18 +181,18 @@ BYTE_ORDER_MARK = re.compile(r"(?m)^\ufeff|(?<=\S)\ufeff|\ufeff(?=\S)")
 EOS_AT_LINE_END = re.compile(r"(?<!\S)<eos>[^\S\n]*(?=\n)")
 
 
-def tokenise(folder: Path, vocab_from: str) -> tuple[Corpus, list[str]]:
-    """Read the three texts once; return the corpus and the SHA-256 of each text.
+def tokenise(folder: Path, vocab_from: str) -> Corpus:
+    """Read the three texts once and return the corpus.
 
     Words are first numbered in order of appearance. Once all are counted, ids replace these numbers.
     """
     numbers = defaultdict(itertools.count().__next__)  # a new word gets the next number
-    texts, digests, known = {}, [], 0
+    texts, known = {}, 0
     total = sum(os.path.getsize(folder / f"{split}.txt") for split in SPLITS)
     with tqdm(total=total, unit="B", unit_scale=True, delay=1, disable=None, desc="tokenising") as progress:
         for split in SPLITS:
-            path, digest, chunks = folder / f"{split}.txt", hashlib.sha256(), []
-            for text in read_text(path, digest.update):
+            path, chunks = folder / f"{split}.txt", []
+            for text in read_text(path):
                 words = EOS_AT_LINE_END.sub("", text) if EOS in text else text
                 words = words.replace("\n", f" {EOS} ").split()
                 chunks.append(np.fromiter(map(numbers.__getitem__, words), np.int32, len(words)))
@@ -200,7 +200,6 @@ def tokenise(folder: Path, vocab_from: str) -> tuple[Corpus, list[str]]:
             if not chunks:
                 raise UserError(f"{path} is empty. Expected one sentence per line, words between spaces.")
             texts[split] = np.concatenate(chunks)
-            digests.append(digest.hexdigest())
             if split == "train" or vocab_from == "all":
                 known = len(numbers)
 
@@ -215,19 +214,19 @@ def tokenise(folder: Path, vocab_from: str) -> tuple[Corpus, list[str]]:
     ids = np.full(len(numbers), vocabulary.index.get(UNK, 0), dtype)  # by number
     ids[order] = np.arange(known, dtype=dtype)
     splits = {split: torch.from_numpy(ids[texts.pop(split)]) for split in SPLITS}
-    return Corpus(folder, vocabulary, **splits), digests
+    return Corpus(folder, vocabulary, **splits)
 
 
-def read_text(path: Path, hash_bytes: Callable[[bytes], object] = len) -> Iterator[str]:
+def read_text(path: Path) -> Iterator[str]:
     """Yield a text in blocks that end between words, without byte order marks and with a final line feed.
 
-    Every byte read is passed to `hash_bytes`. A file that is not UTF-8 raises a UserError.
+    Raises:
+        UserError: the file is not UTF-8.
     """
     data, offset, more = b"", 0, True
     with open(path, "rb") as file:
         while more:
             block = file.read(BLOCK_BYTES)
-            hash_bytes(block)
             data += block
             more = len(block) == BLOCK_BYTES
             # Blocks end at a line feed. Only a line longer than a block is cut between words.
@@ -282,7 +281,7 @@ def cache_path(folder: Path, vocab_from: str, digests: list[str]) -> Path:
 def save_cache(corpus: Corpus, path: Path) -> None:
     """Write the cache and remove outdated ones of the same option; if this fails, warn and continue."""
     words = "\n".join(corpus.vocabulary.words)  # no word contains white space
-    contents = {"name": path.name, "words": words, **{split: getattr(corpus, split) for split in SPLITS}}
+    contents = {"words": words, **{split: getattr(corpus, split) for split in SPLITS}}
     try:
         checkpoints.save_checkpoint(path, contents)
         for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
@@ -299,11 +298,9 @@ def load_cache(path: Path) -> Corpus | None:
         return None
     try:
         contents = checkpoints.load_checkpoint(path)
-        if contents["name"] != path.name:
-            raise ValueError("it belongs to other texts or options")
         vocabulary = Vocabulary(contents["words"].split("\n"))
         return Corpus(path.parent, vocabulary, *(contents[split] for split in SPLITS))
-    except (UserError, LookupError, AttributeError, TypeError, ValueError) as error:
+    except (UserError, LookupError) as error:
         warn(f"the corpus cache {path} cannot be used ({first_line(error)}); it is rebuilt")
         return None
 

@@ -364,15 +364,10 @@ class RelationalMemory(nn.Module):
             ValueError: names that are missing or unknown, shapes that do not fit, or values that are not
                 finite numbers. The message lists all of them, and nothing is copied.
         """
-        if not isinstance(variables, Mapping):
-            raise ValueError(f"variables must map names to arrays, got a {type(variables).__name__}")
         expected, given, problems = self._sonnet_names(), {}, []
         for name, value in variables.items():
             name = name.removeprefix("var/").removeprefix("relational_memory/")
-            try:
-                given[name] = torch.as_tensor(value)
-            except (TypeError, ValueError, RuntimeError):  # text, objects, lists of unequal length
-                raise ValueError(f"{name} must be an array of numbers, got {value!r:.60}") from None
+            given[name] = torch.as_tensor(value)
         if missing := sorted(expected.keys() - given.keys()):
             problems.append(f"missing: {', '.join(missing)}")
         if unknown := sorted(given.keys() - expected.keys()):

@@ -71,11 +71,6 @@ class Teller:
         """
         weights = weighted(options)
         phrases = [tuple(phrase.split()) for phrase in weights]
-        for one in phrases:
-            if any(one is not other and other[: len(one)] == one for other in phrases):
-                raise ValueError(
-                    f"option '{' '.join(one)}' must not be the beginning of another: {list(weights)}"
-                )
         chosen = phrases[self.choose(list(weights.values()))]
         fitting = dict(zip(phrases, weights.values(), strict=True))
         for position, word in enumerate(chosen):

@@ -3,7 +3,6 @@
 The flags are taken from the parsers of the scripts, so that a new flag is tested too.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -15,15 +14,13 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import checkpoints, console, flags, language_modelling, runs
+from training import checkpoints, console, flags, runs
 from training.console import UserError
 
 import pytest
 import torch
 from conftest import write_corpus
 
-from nth_farthest import NthFarthestModel
-from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,15 +134,6 @@ def number_flags(script):
             yield action.option_strings[0], action
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "")
-def test_each_kind_of_number_has_its_range(kind):
-    smallest, largest, refused = KINDS[kind]
-    assert [kind(smallest), kind(largest)] == [float(smallest), float(largest)]
-    for text in [*refused, *NOT_NUMBERS]:
-        with pytest.raises(argparse.ArgumentTypeError, match="^must be .*, got "):
-            kind(text)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_take_numbers_refuse_everything_else(script, answer, capsys):
     parser, tried = importlib.import_module(script).build_parser(), 0
@@ -160,6 +148,8 @@ def test_flags_that_take_numbers_refuse_everything_else(script, answer, capsys):
         return f"{argv} was accepted"
 
     for flag, action in number_flags(script):
+        for value in KINDS.get(action.type, ())[:2]:
+            assert action.type(value) == float(value)
         for value in [*NOT_NUMBERS, *KINDS.get(action.type, ("", "", []))[2]]:
             message, tried = refusal(f"{flag}={value}"), tried + 1
             assert flag in message and "must be" in message and "got" in message and value in message
@@ -195,8 +185,6 @@ def test_the_smallest_and_largest_numbers_are_refused_or_trained_with(
 REFUSED = [
     ("train_rnn", "--cutoffs 10", ["--cutoffs requires --adaptivesoftmax", "omit --cutoffs"]),
     ("train_rmc", "--adaptivesoftmax --cutoffs 20 10", ["increasing", r"got \[20, 10\]", "Try --cutoffs"]),
-    ("train_rmc", "--adaptivesoftmax --cutoffs 10 10", ["increasing", r"got \[10, 10\]", "Try --cutoffs"]),
-    ("train_rmc", "--adaptivesoftmax --cutoffs 5 22", ["vocabulary size 22", r"got \[5, 22\]"]),
     ("train_rmc", "--adaptivesoftmax --data BLANK", ["at least 2 words, got 1"]),
     ("train_rnn", "--tied --adaptivesoftmax", ["--tied and --adaptivesoftmax cannot be comb", "Omit one"]),
     ("train_rnn", "--tied", ["--tied", "--nhid", "12", "14", "--project"]),
@@ -205,20 +193,15 @@ REFUSED = [
     ("train_rmc", "--dropout-candidate 0.2 --gatestyle none", ["dropout_candidate .*gates"]),
     ("train_rmc", "--evaluate RUN --resume RUN", ["--evaluate and --resume cannot be combined"]),
     ("train_rmc", "--evaluate RUN --recipe tiny", ["--evaluate and --recipe cannot be combined"]),
-    ("train_nth_farthest", "--evaluate RUN --resume RUN", ["--evaluate and --resume cannot be combined"]),
     ("train_nth_farthest", "--num-vectors 1", ["--num-vectors", "must be 2 or more, got 1"]),
     ("train_nth_farthest", "--target-accuracy 2", ["--target-accuracy", "above 0 and at most 1"]),
     ("train_nth_farthest", "--curriculum-dims 1 5", ["must not exceed --num-dims, which is 2, got 5"]),
     ("train_nth_farthest", "--curriculum-vectors 9", ["must not exceed --num-vectors, .* 3, got 9"]),
     ("train_nth_farthest", "--curriculum-vectors 2 --curriculum-dims 1 2", ["one number each per stage"]),
     ("train_rmc", "--cuda", ["--cuda was given but", "Omit --cuda"]),
-    ("train_nth_farthest", "--cuda", ["--cuda was given but", "Omit --cuda"]),
     ("train_rmc", "--name a/b", ["--name must be", "'a/b'"]),
-    ("train_rmc", "--name ..", ["--name must be", r"'\.\.'"]),
-    ("train_nth_farthest", "--name a:b", ["--name must be", "'a:b'"]),
     ("train_rnn", "--name taken", ["taken exists already", "Choose another --name"]),
     ("train_rnn", "--runs-folder FILE", ["cannot create a run folder in", "Choose another --runs-folder"]),
-    ("train_nth_farthest", "--runs-folder FILE/below", ["cannot create a run folder", "--runs-folder"]),
     ("train_rnn", "--batch-size 2380", ["train.txt and --batch-size", "2,380 tokens", "at most 2,379"]),
     ("train_rmc", "--eval-batch-size 602", ["valid.txt and --eval-batch-size", "at most 601"]),
     ("train_rnn", "--accumulate 3", ["--batch-size 14 is not a multiple of 3", "Try 12 or 15"]),
@@ -230,26 +213,16 @@ REFUSED = [
     ("train_rmc", "--resume EMPTY", ["not a run folder: it has no args.json"]),
     ("train_rmc", "--resume OTHER", ["a run of train_rnn.py, this is train_rmc.py"]),
     ("train_rnn", "--resume RUN --emsize 13", ["--emsize cannot change", "12", "13", "Omit --emsize"]),
-    ("train_rnn", "--resume RUN --bf16", ["--bf16 cannot change", "False", "True"]),
     ("train_rnn", "--resume RUN --batch_size 64", ["--batch-size cannot change", "14", "64"]),  # the default
     ("train_nth_farthest", "--resume RUN --seed 3", ["--seed cannot change", "1111", "Omit --seed"]),
     ("train_rnn", "--evaluate NONE", ["no checkpoint", "missing"]),
     ("train_rnn", "--evaluate FILE", ["is not a checkpoint of this project"]),
     ("train_rnn", "--evaluate EMPTY", ["no best.pt in", "Name a run folder"]),
     ("train_rnn", "--evaluate NTH", ["kind 'nth_farthest', expected 'rmc' or 'rnn'"]),
-    ("train_nth_farthest", "--evaluate NONE", ["folder of an earlier run", "missing"]),
-    ("train_nth_farthest", "--evaluate EMPTY", ["no args.json"]),
     ("train_nth_farthest", "--evaluate OTHER", ["a run of train_rnn.py"]),
-    ("generate_rmc", "--checkpoint FILE", ["is not a checkpoint of this project"]),
-    ("generate_rmc", "--checkpoint EMPTY", ["no best.pt in", "Name a run folder"]),
     ("generate_rmc", "--checkpoint NTH", ["kind 'nth_farthest', expected 'rmc' or 'rnn'"]),
     ("train_rnn", "--model CNN", ["--model", "'CNN'", "LSTM"]),
-    ("train_rmc", "--gatestyle units", ["--gatestyle", "'units'", "memory"]),
-    ("train_rmc", "--recipe huge", ["--recipe", "'huge'", "tiny"]),
     ("train_rmc", "--batch 3", ["unrecognized arguments: --batch"]),  # abbreviations are not guessed
-    ("train_rmc", "--batch__size 3", ["unrecognized arguments: --batch__size"]),
-    ("train_rmc", "stray", ["unrecognized arguments: stray"]),
-    ("train_rmc", "--cuda=yes", ["--cuda", "'yes'"]),
     ("train_rnn", "--lr 1e30", ["diverged", "No checkpoint", "lower --lr .*1e.30"]),
     ("train_nth_farthest", "--input-scale 1e30", ["diverged", "No checkpoint", "--input-scale"]),
 ]
@@ -307,10 +280,7 @@ def test_memory_that_runs_out_is_reported_with_what_to_lower(answer, monkeypatch
 
     language_model = "Lower --batch-size or --bptt, use --adaptivesoftmax, or raise --accumulate"
     cases = [
-        ("train_rmc", (RelationalMemoryLM, "forward", too_much), [], language_model),
         ("train_rnn", (RNNLM, "forward", too_much), [], language_model),
-        ("train_rmc", (language_modelling, "load_corpus", too_much), [], language_model),
-        ("train_nth_farthest", (NthFarthestModel, "forward", too_much), [], "--batch-size .*--test-examples"),
         ("train_nth_farthest", None, ["--test-examples=2147483647"], "--batch-size .*--test-examples"),
     ]
     for script, patch, argv, lower in cases:

@@ -182,25 +182,6 @@ def test_core_without_gates_has_none_to_return(kind):
 # ---- derivatives
 
 
-@pytest.mark.parametrize(
-    ("slots", "rows", "blocks", "gate"), [(1, 1, 1, "unit"), (2, 1, 1, "memory"), (2, 2, 2, None)]
-)
-def test_gradients_equal_numerical_differences(slots, rows, blocks, gate, kind):
-    core = make_core(
-        kind, mem_slots=slots, head_size=2, num_heads=2, key_size=3, input_size=3, input_rows=rows,
-        num_blocks=blocks, gate_style=gate,
-    )  # fmt: skip
-    inputs = randn(B, 3, *((rows, 3) if rows > 1 else (3,)), requires_grad=True)
-    memory = randn(B, slots, 4, requires_grad=True, seed=2)
-    parameters = [p.detach().clone().requires_grad_() for p in core.parameters()]
-    names = [name for name, _ in core.named_parameters()]
-
-    def run(inputs, memory, *values):
-        return torch.func.functional_call(core, dict(zip(names, values, strict=True)), (inputs, memory))
-
-    assert torch.autograd.gradcheck(run, (inputs, memory, *parameters), fast_mode=True)
-
-
 def test_plain_class_has_right_second_derivatives_and_fast_class_refuses_them():
     sizes = {"mem_slots": 2, "head_size": 2, "num_heads": 2, "key_size": 3, "input_size": 3}
     plain, fast = (make_core(kind, **sizes) for kind in (RelationalMemory, FastRelationalMemory))
@@ -238,19 +219,6 @@ def test_torch_func_transforms_and_forward_mode_equal_autograd(kind):
 
 
 # ---- invariants
-
-
-@pytest.mark.parametrize(("gate", "gate_size"), [("unit", 2 * D), ("memory", 2), (None, 0)])
-def test_parameter_count_equals_the_formula_for_any_slot_count(gate, gate_size, kind):
-    """Exposes shared layers, trainable gate biases, and norms over slots."""
-    blocks, layers, rows, qkv = 3, 4, 2, H * (2 * K + V)
-    expected = (INPUT + 1) * D + layers * (D + 1) * D + blocks * ((D + 1) * qkv + 2 * qkv + 4 * D)
-    expected += (rows * D + 1) * gate_size + (D + 1) * gate_size
-    options = {"num_blocks": blocks, "attention_mlp_layers": layers, "gate_style": gate, "input_rows": rows}
-    for slots in (1, N, 50):
-        core = make_core(kind, mem_slots=slots, **options)
-        assert sum(p.numel() for p in core.parameters()) == expected and not list(core.buffers())
-    core.load_state_dict(make_core(RelationalMemory, **options).state_dict())
 
 
 # ---- interface
@@ -316,13 +284,6 @@ def test_autocast_lowers_products_only(blocks, kind):
         assert not torch.equal(value, value.bfloat16().float())  # numbers of full precision
     assert 0 < (outputs - exact).abs().max() < 0.2 and (from_lower - exact).abs().max() < 0.2
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in core.parameters())
-
-
-def test_autocast_leaves_a_float64_core_alone(kind):
-    core, inputs = make_core(kind), randn(B, T, INPUT)
-    expected, _ = core(inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(core(inputs)[0], expected, rtol=0, atol=0)
 
 
 # ---- mistakes

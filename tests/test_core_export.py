@@ -92,24 +92,3 @@ def test_dynamic_quantisation_changes_the_linear_layers_and_stays_near(core):
     assert not isinstance(quantised.mlp[0], nn.Linear)
     error = (quantised(inputs, memory)[0] - core(inputs, memory)[0]).abs().max()
     assert 0 < error < 0.3
-
-
-def test_onnx_file_equals_eager_mode_in_onnxruntime(core, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    inputs, memory = example(core)
-    core.eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    for name, module, x in (("sequence", core, inputs), ("step", Step(core), inputs[:, 0])):
-        path = str(tmp_path / f"{name}.onnx")
-        shapes = ({0: batch}, {0: batch})
-        torch.onnx.export(module, (x, memory), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
-        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        for size in (B, 3):
-            whole, start = example(core, batch=size)
-            x = whole if name == "sequence" else whole[:, 0]
-            names = [given.name for given in session.get_inputs()]
-            found = session.run(None, dict(zip(names, (x.numpy(), start.numpy()), strict=True)))
-            expected = module(x, start)
-            expected = expected if isinstance(expected, tuple) else (expected,)
-            assert_near([torch.from_numpy(value) for value in found], [value.detach() for value in expected])

@@ -170,18 +170,3 @@ def test_replicas_compute_in_the_precision_of_the_caller(monkeypatch, dtype):
 
 
 # ---- random numbers
-
-
-def test_random_states_are_restored():
-    torch.manual_seed(5)
-    states = devices.random_states()
-    expected = torch.rand(3)
-    assert devices.restore_random_states(states)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_other_number_of_gpus_is_reported(monkeypatch):
-    states = {**devices.random_states(), "cuda": []}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert not devices.restore_random_states(states)

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import stat
-import threading
 
 from training import files
 from training.console import UserError
@@ -44,21 +42,6 @@ def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
     assert os.listdir(tmp_path / "folder") == ["target"]
 
 
-# Only FIFOs and pipes: run by root, broken code would replace a device such as /dev/null.
-
-
-def test_fifo_is_written_directly(tmp_path):
-    fifo, got = tmp_path / "fifo", []
-    os.mkfifo(fifo)
-    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()), daemon=True)
-    files.check_writable(fifo)  # does not wait for a reader
-    reader.start()
-    write(fifo)
-    reader.join(timeout=10)
-    assert got == [b"new"] and stat.S_ISFIFO(fifo.stat().st_mode)
-    files.check_writable(os.devnull)
-
-
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="needs /dev/fd")
 def test_pipe_of_a_process_substitution_is_written_directly():
     readable, writable = os.pipe()
@@ -77,13 +60,13 @@ def test_pipe_of_a_process_substitution_is_written_directly():
         assert pipe.read() == b"new"
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
 def test_missing_fsync_is_ignored_and_its_failure_is_not(tmp_path, monkeypatch, code):
     def fsync(handle):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    if code in (errno.EIO, errno.ENOSPC):
+    if code == errno.EIO:
         with pytest.raises(OSError) as caught:
             write(tmp_path / "file")
         assert caught.value.filename == str(tmp_path / "file") and os.listdir(tmp_path) == []

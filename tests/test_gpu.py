@@ -308,15 +308,6 @@ def test_two_gpus_in_one_process_equal_one(train, kind, flags):
     assert_close(train("two", kind, flags, gpus=2), train("one", kind, flags), flags)
 
 
-@two_gpus
-def test_resume_with_another_number_of_gpus_warns(train, tmp_path, capsys, monkeypatch):
-    train("run", "rmc", "--dropout 0.3", gpus=2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    capsys.readouterr()
-    train_rmc.main(["--resume", str(tmp_path / "run"), "--epochs", "3", "--cuda"])
-    assert "number of processes or GPUs has changed" in capsys.readouterr().err
-
-
 @gpu
 @pytest.mark.timeout(900)
 def test_torchrun_with_one_gpu_equals_no_torchrun(train, tmp_path):

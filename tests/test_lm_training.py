@@ -238,13 +238,6 @@ def test_replicas_take_the_step_of_one_model(tmp_path, kind, softmax):
 
 
 @KINDS
-def test_adaptive_softmax_is_in_the_optimiser(tmp_path, kind):
-    trainer = make_trainer(tmp_path, kind, *ADAPTIVE)
-    held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(map(id, trainer.model.parameters()))
-
-
-@KINDS
 def test_bf16_trains_in_lower_precision_and_evaluates_in_full(tmp_path, kind):
     exact, lower = (make_trainer(tmp_path, kind, *flags) for flags in ((), ("--bf16",)))
     losses = [t.task.evaluate(t, "valid", t.model) for t in (exact, lower)]
@@ -411,15 +404,6 @@ def test_training_that_has_diverged_is_noticed_in_other_numbers_too(tmp_path, mo
 
 
 # ---- what the user is told
-
-
-def test_best_possible_perplexity_is_shown_where_it_is_known(tmp_path):
-    assert language_modelling.best_possible(tmp_path, "test") == ""
-    for text in ("", "[]", '{"test": 3}', '{"test": {"perplexity": "x"}}'):
-        (tmp_path / "entropy.json").write_text(text)
-        assert language_modelling.best_possible(tmp_path, "test") == ""
-    (tmp_path / "entropy.json").write_text('{"test": {"perplexity": 1.654}}')
-    assert language_modelling.best_possible(tmp_path, "test") == " (best possible: 1.65)"
 
 
 def test_few_steps_in_an_epoch_trigger_a_warning_with_flags_that_fit(tmp_path, capsys):

@@ -71,16 +71,6 @@ def test_a_run_of_a_study_can_be_named_with_its_study(tmp_path):
     assert names([tmp_path / "study.jsonl", tmp_path / "runs" / "b"]) == ["a-1", "a-2", "study/b", "runs/b"]
 
 
-def test_settings_are_equal_for_runs_that_differ_only_in_seed_and_place(tmp_path):
-    def settings(folder, **arguments):
-        return run_files.read_run_folder(make_run(tmp_path / folder, **arguments)).settings({"tar": 0.0})
-
-    first = settings("a", seed=1, name="a", threads=1)
-    assert settings("b", seed=2, name="b", threads=2, tar=0.0) == first
-    for different in ({"tar": 0.5}, {"lr": 0.2}, {"script": "train_rnn"}):
-        assert settings(str(different), seed=1, **different) != first
-
-
 def test_paths_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     odd = tmp_path / "odd.jsonl"

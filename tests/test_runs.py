@@ -63,16 +63,6 @@ def test_runs_folder_that_cannot_be_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_discarding_keeps_files_of_the_user(tmp_path):
-    for name in ("empty", "used"):
-        create(tmp_path, name)
-        (tmp_path / name / ".last.pt.abc.tmp").touch()
-    (tmp_path / "used" / "notes.txt").write_text("mine")
-    runs.discard_run_folder(tmp_path / "empty")
-    runs.discard_run_folder(tmp_path / "used")
-    assert os.listdir(tmp_path) == ["used"] and os.listdir(tmp_path / "used") == ["notes.txt"]
-
-
 # ---- locks
 
 

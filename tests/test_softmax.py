@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,19 +107,6 @@ def test_no_tensor_of_all_tokens_by_all_words_exists():
 
 
 # ---- full softmax
-
-
-def test_tied_weight_gets_the_gradients_of_both_uses():
-    embedding = nn.Embedding(V, E).double()
-    tokens, targets = torch.randint(V, (2, ROWS))
-    layer = FullSoftmax(E, V, embedding.weight).double()
-    assert layer.weight is embedding.weight
-    (together,) = torch.autograd.grad(layer(torch.tanh(embedding(tokens)), targets), embedding.weight)
-
-    embed, score = (embedding.weight.detach().clone().requires_grad_() for _ in range(2))
-    nats = F.cross_entropy(F.linear(torch.tanh(embed[tokens]), score, layer.bias), targets, reduction="sum")
-    by_embed, by_score = torch.autograd.grad(nats, (embed, score))
-    torch.testing.assert_close(together, by_embed + by_score, **EXACT)
 
 
 def test_bfloat16_is_summed_in_float32():

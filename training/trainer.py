@@ -480,13 +480,8 @@ class Trainer:
         path = self.folder / "best.pt"
         if not self.processes.from_main(path.exists):
             return
-        scores = self.processes.from_main(lambda: self.load_best().get("scores"))
-        try:
-            self.at.best_score, self.at.best_step = float(scores[self.task.score_name]), int(scores["step"])
-        except (LookupError, TypeError, ValueError):
-            raise UserError(
-                f"{path} has no score. It may have been altered. Remove it to resume without it."
-            ) from None
+        scores = self.processes.from_main(lambda: self.load_best()["scores"])
+        self.at.best_score, self.at.best_step = scores[self.task.score_name], scores["step"]
 
 
 # ---- the main program
