@@ -34,7 +34,7 @@ def build_parser() -> flags.Parser:
     option(source, "--checkpoint", None, None, "FILE_OR_RUN",
            "checkpoint, or run folder whose best.pt is used (default: the newest best.pt of a language "
            "model in --runs-folder)")
-    option(source, "--runs-folder", None, "runs", "FOLDER", "folder in which the newest model is looked up")
+    option(source, "--runs-folder", None, "runs", "FOLDER", "folder to search for the newest model")
     option(source, "--data", None, None, "FOLDER", "ignored, because the checkpoint holds the vocabulary")
     switch(source, "--cuda", "compute on the GPU instead of the CPU")
     option(source, "--threads", flags.thread_count, 0, "N",

@@ -1,4 +1,4 @@
-"""The task "Nth farthest" (arXiv:1806.01822, sections 4.1 and A.1): its examples and models that solve it.
+"""The task "Nth farthest" (arXiv:1806.01822, sections 4.1 and A.1): its examples and models.
 
 A sequence shows K vectors of D dimensions, one per time step, each with a label. Every step repeats the
 question "which vector is the n-th farthest from the vector labelled m?"; the answer is its label.

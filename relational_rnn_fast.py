@@ -6,7 +6,7 @@ there. F = H * (2K + V) is the number of features of a row's queries, keys and v
 Three things make it fast:
     * What depends on the inputs only is computed for all time steps at once (_hoist): the projected input
       rows, their queries, keys and values, and their part of the gates.
-    * The last block computes the memory rows only. Of the input rows it needs the keys and values.
+    * The last block computes the memory rows only. It needs only the keys and values of the input rows.
     * The backward pass is written by hand (_Scan, _Window). It computes the gradient of a recurrent weight in
       products over many time steps; one small product per step would read and write the whole weight T times.
 

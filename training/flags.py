@@ -159,8 +159,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     option(run, "--resume", None, None, "RUN_FOLDER",
            "continue an earlier run from its last.pt, with its arguments")
     switch(run, "--bf16",
-           "train with matrix products in bfloat16; softmax, norms, memory and evaluation stay in float32, "
-           "and so do torch's fused recurrent layers on a GPU, or on a CPU without a bfloat16 LSTM")
+           "train with matrix products in bfloat16; softmax, norms, memory and evaluation stay in float32; "
+           "torch's fused recurrent layers also do on a GPU, and on a CPU without a bfloat16 LSTM")
     switch(run, "--strict-float32",
            "no TF32 in matrix products on a GPU (TF32 is faster and rounds to 10 bits)")
     switch(run, "--no-cuda-graph",
