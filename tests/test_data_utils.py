@@ -191,7 +191,7 @@ def test_words_of_a_line(tmp_path, text, expected):
     assert words_of(load_corpus(str(write(tmp_path / "c", valid=text))), "valid") == expected
 
 
-LATIN1 = "If it has another encoding, convert it, .*: iconv -f LATIN1 -t UTF-8 valid.txt > "
+LATIN1 = "Expected plain text. If it has another encoding, convert it, .*: iconv -f LATIN1 -t UTF-8 valid.txt > "
 REFUSED = {
     "empty": (b"", "is empty"),
     "byte order mark only": (b"\xef\xbb\xbf", "is empty"),
