@@ -55,10 +55,13 @@ def test_committed_logs_give_the_published_numbers(capsys):
 
 def test_committed_pairs_give_the_published_numbers(capsys):
     study = RESULTS / "wikitext2_pair" / "runs"
+    main = table(capsys, study / "constant-*")
+    assert [row["test"] for row in main] == ["88.31 ± 0.84", "90.30 ± 0.04"]
+    assert [row["valid"] for row in main] == ["93.72 ± 0.99", "95.00 ± 0.28"]
     rows = table(capsys, study / "pair-*", study / "seeds-*")
     assert [row["test"] for row in rows] == ["112.80", "106.89", "159.16 ± 0.93", "154.46 ± 0.31"]
     assert [row["valid"] for row in rows] == ["119.72", "113.37", "171.07 ± 0.71", "165.72 ± 0.98"]
-    assert [row["seeds"] for row in rows] == ["1", "1", "1 2 3", "1 2 3"]
+    assert [row["seeds"] for row in main + rows] == ["2 3", "2 3", "1", "1", "1 2 3", "1 2 3"]
 
 
 def test_committed_nth_farthest_runs_give_the_published_numbers(capsys):
