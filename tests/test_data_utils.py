@@ -191,11 +191,11 @@ def test_words_of_a_line(tmp_path, text, expected):
     assert words_of(load_corpus(str(write(tmp_path / "c", valid=text))), "valid") == expected
 
 
-LATIN1 = "Expected plain text. If it has another encoding, convert it, .*: iconv -f LATIN1 -t UTF-8 valid.txt > "
+LATIN1 = "If it has another encoding, convert it, .*: iconv -f LATIN1 -t UTF-8 valid.txt > "
 REFUSED = {
     "empty": (b"", "is empty"),
     "byte order mark only": (b"\xef\xbb\xbf", "is empty"),
-    "Latin-1": (b"caf\xe9 au lait\n", r"byte 3 is 0xe9\. " + LATIN1),
+    "Latin-1": (b"caf\xe9 au lait\n", r"byte 3 is 0xe9\. Expected plain text\. " + LATIN1),
     "UTF-16": ("a b\n".encode("utf-16"), "byte 0 is 0xff.*iconv -f UTF-16 "),
     "UTF-16 without a mark": ("a b\n".encode("utf-16-le"), r"byte 1 is 0x00\. .*iconv -f UTF-16 "),
     "gzip": (gzip.compress(b"a b\n", mtime=0), "byte 1 is 0x8b. Expected plain text"),
