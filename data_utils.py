@@ -245,7 +245,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def not_text(path: Path, offset: int) -> UserError:
-    """Return the error for a file that is not UTF-8 from byte `offset` on, with the usual encoding."""
+    """Return the error for a file that is not UTF-8 at byte `offset`, with a command that may convert it."""
     with open(path, "rb") as file:
         start = file.read(4)
         file.seek(offset)

@@ -202,6 +202,13 @@ def test_parts_that_do_not_fit_are_refused(change, tmp_path):
     assert read(tmp_path / "c.pt") is None
 
 
+def test_weight_that_does_not_fit_is_named(good, tmp_path):
+    weights = {**good[2]["model"], "embedding.weight": torch.zeros(5, 4)}
+    save_checkpoint(tmp_path / "c.pt", {**good[2], "model": weights})
+    with pytest.raises(UserError, match=r"size mismatch for embedding.weight: .*5, 4"):
+        load_model(load_checkpoint(tmp_path / "c.pt"))
+
+
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)])
 def test_optimiser_state_must_fit_its_parameters(name, value):

@@ -304,7 +304,7 @@ def test_changed_modules_act_as_in_the_plain_class(change, scans):
         change(core)
     assert_equal(results(fast), results(plain))
     assert bool(scans) == (change not in SLOW)
-    if change not in (new_weight_norm, backward_hook):  # which change only the gradients
+    if change not in (new_weight_norm, backward_hook):  # these do not change the outputs
         assert not torch.allclose(fast(randn(B, T, INPUT))[0], unchanged)
 
 

@@ -32,8 +32,12 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or the name of its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    """Return the first line of an exception's message, or the name of its class if it has none.
+
+    If that line ends in a colon, as in errors of load_state_dict, the next line is included.
+    """
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(map(str.strip, lines[: 1 + lines[0].endswith(":")]))[:250]
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

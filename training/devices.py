@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +118,6 @@ def keep_freed_memory() -> bool:
     return all(mallopt(parameter, value) for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
 
 
-@contextlib.contextmanager
-def without_memory() -> Iterator[None]:
-    """Build models on the meta device in the block, which gives them shapes and neither memory nor values."""
-    with torch.device("meta"), _Uninitialised():
-        yield
-
-
 class _Uninitialised(TorchFunctionMode):
     """Omits torch.nn.init, whose functions take seconds to import what they need on the meta device."""
 
@@ -148,7 +140,7 @@ def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> No
         UserError: weights, gradients and Adam's two moments exceed the memory.
     """
     try:
-        with without_memory():
+        with torch.device("meta"), _Uninitialised():  # which gives weights shapes and no memory
             needed = 4 * sum(weight.numel() * weight.element_size() for weight in build().parameters())
     except (RuntimeError, OverflowError) as error:  # products of sizes beyond 64 bits
         raise UserError(

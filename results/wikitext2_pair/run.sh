@@ -12,7 +12,7 @@
 #   results/wikitext2_pair/run.sh pair rmc      one stage of one model (rmc or lstm); use a call for each core
 #   results/wikitext2_pair/run.sh changes rmc "mlp-1 mlp-5"     some changes only
 #
-# Settings: EPOCHS (3) of the pair; SEED (pair: 1, constant: 2); OUT (runs/wikitext2_pair), MINUTES and PYTHON as in
+# Settings: EPOCHS (3) of the pair; SEED (pair: 1, constant: 2, then 3); OUT (runs/wikitext2_pair), MINUTES and PYTHON as in
 # results/train.sh.
 #
 # Before the first call, make the fifth:
