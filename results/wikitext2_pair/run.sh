@@ -3,7 +3,7 @@
 #
 #   small_rates  learning rates of the models of 2.90M parameters, on a fifth of the training text
 #   changes      these models with one change at a time, one epoch
-#   seeds        these models with the best rate, two epochs, three seeds
+#   seeds        these models with the best rate, three epochs, three seeds
 #   rates        learning rates of the models of 10.7M parameters, on the same fifth
 #   pair         the models of 10.7M parameters with the best rate, EPOCHS epochs
 #   constant     the models of 10.7M parameters at a constant rate, with averaged weights, as many epochs as fit into 2 h 25 min
@@ -82,7 +82,7 @@ changes() {
 
 seeds() {
     for seed in 1 2 3; do
-        run small "$1" "seeds-$1-$seed" "${small[@]}" --data wikitext-2 --epochs 2 --warmup 200 \
+        run small "$1" "seeds-$1-$seed" "${small[@]}" --data wikitext-2 --epochs 3 --warmup 200 \
             --eval-batch-size 4 --lr "${seeds_rate[$1]}" --seed "$seed"
     done
 }
