@@ -37,6 +37,7 @@ PUBLISHED_CORE = {
     "gate_style": "unit",
     "attention_mlp_layers": 2,
     "key_size": None,
+    "init_scale": 1.0,
 }
 
 

@@ -104,6 +104,7 @@ class RelationalMemory(nn.Module):
         return_all_outputs: whether forward returns the outputs of all time steps or only the last one.
         input_rows: rows M in the input of one time step. With more than 1 the input is (B, T, M, ...) and
             every row takes part in the attention (the original's `treat_input_as_matrix`).
+        init_scale: factor on the standard deviation of the initial weight matrices. 1 is the original.
 
     Raises:
         ValueError: an argument outside its range. The message names it.
@@ -124,6 +125,7 @@ class RelationalMemory(nn.Module):
         key_size: int | None = None,
         return_all_outputs: bool = False,
         input_rows: int = 1,
+        init_scale: float = 1.0,
         **unknown: Any,
     ):
         super().__init__()
@@ -146,6 +148,9 @@ class RelationalMemory(nn.Module):
         self.key_size = _integer("key_size", 0 if key_size is None else key_size, minimum=0) or head_size
         self.return_all_outputs = return_all_outputs
         self.input_rows = _integer("input_rows", input_rows)
+        if _finite("init_scale", init_scale) <= 0:
+            raise ValueError(f"init_scale must be above 0, got {init_scale!r}")
+        self.init_scale = init_scale
         self.mem_size = num_heads * head_size
 
         sizes = (num_heads, self.key_size, head_size)
@@ -336,10 +341,13 @@ class RelationalMemory(nn.Module):
         return self.blocks[0].mlp_norm.weight  # replicas of DataParallel have weights but no parameters
 
     def reset_parameters(self) -> None:
-        """Initialise as the original: weights normal, std 1/sqrt(fan_in), truncated at two std; biases 0."""
+        """Initialise as the original: weights normal, std 1/sqrt(fan_in), truncated at two std; biases 0.
+
+        init_scale multiplies the weights.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                deviation = module.in_features**-0.5
+                deviation = self.init_scale * module.in_features**-0.5
                 nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):

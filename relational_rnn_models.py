@@ -21,6 +21,7 @@ PUBLISHED_CORE = {
     "gate_style": "unit",
     "attention_mlp_layers": 3,
     "key_size": 64,
+    "init_scale": 1.0,
 }
 
 

@@ -253,10 +253,11 @@ def test_empty_batch_gives_empty_results(kind):
     assert outputs.shape == (0, T, N * D) and memory.shape == (0, N, D)
 
 
-def test_initialisation_is_the_originals(kind):
-    for module in kind(2, 64, 50, num_heads=4).modules():
+@pytest.mark.parametrize("options", [{}, {"init_scale": 1.5}])
+def test_initialisation_is_the_originals_times_init_scale(options, kind):
+    for module in kind(2, 64, 50, num_heads=4, **options).modules():
         if isinstance(module, nn.Linear):
-            deviation = module.in_features**-0.5
+            deviation = module.in_features**-0.5 * options.get("init_scale", 1)
             assert module.weight.abs().max() <= 2 * deviation
             assert abs(module.weight.std().item() / deviation - 0.8796) < 0.02  # a normal, cut at two
             assert not module.bias.any()
@@ -297,6 +298,7 @@ def test_autocast_lowers_products_only(blocks, kind):
         *(("input_size", 0), ("num_heads", 1.5), ("num_blocks", 0), ("key_size", -2)),
         *(("attention_mlp_layers", 0), ("input_rows", 0), ("gate_style", "units"), ("gate_style", "none")),
         *(("forget_bias", float("nan")), ("forget_bias", None), ("input_bias", float("inf"))),
+        *(("init_scale", 0), ("init_scale", float("nan"))),
     ],
 )
 def test_wrong_arguments_are_named_with_rule_and_value(argument, value):

@@ -176,7 +176,7 @@ def test_config_has_the_names_of_earlier_checkpoints():
     both = "vocab_size embedding_size dropout_input dropout_output cutoffs tied locked_dropout dropout_words"
     both = {*both.split(), "dropout_weights", "dropout_candidate"}
     core = "mem_slots head_size num_heads num_blocks forget_bias input_bias gate_style attention_mlp_layers"
-    assert build("rmc").config.keys() == both | {*core.split(), "key_size"}
+    assert build("rmc").config.keys() == both | {*core.split(), "key_size", "init_scale"}
     rnn = "model hidden_size num_layers dropout_hidden fused project"
     assert build("lstm").config.keys() == both | {*rnn.split()}
 

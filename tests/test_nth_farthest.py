@@ -83,12 +83,12 @@ def score(monkeypatch):
 def test_every_flag_reaches_the_model():
     flags = "--memslots 3 --headsize 9 --numheads 5 --numblocks 2 --forgetbias 0.5 --inputbias -0.5 "
     flags += "--keysize 6 --gatestyle memory --attmlplayers 4 --nhid 77 --outputlayers 7 --outputunits 33 "
-    flags += "--input-scale 1.5 --memory_scale 8 --num-vectors 10 --num-dims 32"
+    flags += "--input-scale 1.5 --memory_scale 8 --num-vectors 10 --num-dims 32 --init-scale 2"
     model = script.build_model(script.build_parser().parse_args(flags.split()))
     expected = {"mem_slots": 3, "head_size": 9, "num_heads": 5, "num_blocks": 2, "forget_bias": 0.5}
     expected |= {"input_bias": -0.5, "key_size": 6, "gate_style": "memory", "attention_mlp_layers": 4}
     expected |= {"hidden_size": 77, "head_layers": 7, "head_units": 33, "input_scale": 1.5}
-    expected |= {"memory_scale": 8.0, "num_vectors": 10, "num_dims": 32, "model": "rmc"}
+    expected |= {"memory_scale": 8.0, "init_scale": 2.0, "num_vectors": 10, "num_dims": 32, "model": "rmc"}
     assert model.config == expected
     assert {name: getattr(model.core, name) for name in expected if hasattr(model.core, name)}.items() <= (
         expected.items()

@@ -117,7 +117,7 @@ def test_config_rebuilds_the_model_and_has_the_names_of_earlier_checkpoints(kind
     config = json.loads(json.dumps(model.config))
     names = "num_vectors num_dims model mem_slots head_size num_heads num_blocks forget_bias input_bias"
     names += " gate_style attention_mlp_layers key_size hidden_size head_layers head_units input_scale"
-    assert config.keys() == {*names.split(), "memory_scale"}
+    assert config.keys() == {*names.split(), "memory_scale", "init_scale"}
     rebuilt = NthFarthestModel(**config)
     assert rebuilt.config == config
     rebuilt.load_state_dict(model.state_dict())

@@ -292,10 +292,12 @@ REACHED = [
     (
         train_rmc,
         f"--emsize 9 --memslots 5 --headsize 6 --numheads 3 --numblocks 2 --forgetbias -0.5 --inputbias 0.25 "
-        f"--gatestyle memory --attmlplayers 4 --keysize 8 --dropout-candidate 0.1 --dropout-output 0 {BOTH}",
+        f"--gatestyle memory --attmlplayers 4 --keysize 8 --init-scale 2 {BOTH} "
+        "--dropout-candidate 0.1 --dropout-output 0",
         {"embedding_size": 9, "mem_slots": 5, "head_size": 6, "num_heads": 3, "num_blocks": 2}
         | {"forget_bias": -0.5, "input_bias": 0.25, "gate_style": "memory", "attention_mlp_layers": 4}
-        | {"key_size": 8, "dropout_candidate": 0.1, "dropout_input": 0.5, "dropout_output": 0} | OF_BOTH,
+        | {"key_size": 8, "init_scale": 2, "dropout_candidate": 0.1, "dropout_input": 0.5}
+        | {"dropout_output": 0} | OF_BOTH,
     ),
     (train_rmc, "--gatestyle None --dropout 0.3", {"gate_style": None, "dropout_input": 0.3}),
     (train_rmc, "--dropout 0.3 --dropout-input 0.1", {"dropout_input": 0.1, "dropout_output": 0.3}),
@@ -352,7 +354,7 @@ PUBLISHED = {
 PUBLISHED_OF = {
     train_rmc: {
         "emsize": 192, "memslots": 1, "headsize": 192, "numheads": 4, "numblocks": 1, "forgetbias": 1,
-        "inputbias": 0, "gatestyle": "unit", "attmlplayers": 3, "keysize": 64,
+        "inputbias": 0, "gatestyle": "unit", "attmlplayers": 3, "keysize": 64, "init_scale": 1,
     },
     train_rnn: {"model": "LSTM", "emsize": 300, "nhid": 300, "nlayers": 1, "tied": False, "cudnn": False},
 }  # fmt: skip

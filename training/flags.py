@@ -196,6 +196,8 @@ def add_core_flags(
     option(group, "--attmlplayers", layer_count, attmlplayers, "N", "layers of the MLP after the attention")
     option(group, "--keysize", non_negative_int, keysize, "UNITS",
            "query and key size of an attention head; 0 = the head size")
+    option(group, "--init-scale", positive_float, 1.0, "X",
+           "factor on the core's initial weight matrices; 1 in the original")
     # fmt: on
 
 
@@ -211,6 +213,7 @@ def core_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "gate_style": None if args.gatestyle == "none" else args.gatestyle,
         "attention_mlp_layers": args.attmlplayers,
         "key_size": args.keysize or None,
+        "init_scale": args.init_scale,
     }
 
 

@@ -14,23 +14,15 @@ source results/train.sh
 task="--num-vectors 4 --num-dims 4 --outputunits 64 --lr 1e-3 --input-scale 3 --target-accuracy 0.9 --log-interval 200 --threads 1"
 rmc="--memslots 4 --numheads 2 --headsize 16 --memory-scale 6"
 declare -A flags=(
-    [double-1024]="$rmc --batch-size 1024 --steps 20000"
-    [double-256]="$rmc --batch-size 256 --steps 30000"
+    [double-1024]="$rmc --init-scale 2 --batch-size 1024 --steps 20000"
+    [double-256]="$rmc --init-scale 2 --batch-size 256 --steps 30000"
     [original-1024]="$rmc --batch-size 1024 --steps 20000"
     [original-256]="$rmc --batch-size 256 --steps 30000"
     [lstm-1024]="--model lstm --nhid 128 --batch-size 1024 --steps 20000"
 )
 
-run() { # run SETTING SEED
-    local name=$1-seed$2
-    if [[ $1 = double-* && ! -e $OUT/$name/last.pt ]]; then # last.pt has the scaled weights
-        limited "$PYTHON" results/initial_scale.py 2 train_nth_farthest $task ${flags[$1]} --seed "$2" \
-            --runs-folder "$OUT" --name "$name"
-    else
-        train train_nth_farthest "$name" $task ${flags[$1]} --seed "$2"
-    fi
-}
-
 for setting in ${1:-double-1024 lstm-1024 double-256 original-1024 original-256}; do
-    for seed in ${2:-1 2 3}; do run "$setting" "$seed"; done
+    for seed in ${2:-1 2 3}; do
+        train train_nth_farthest "$setting-seed$seed" $task ${flags[$setting]} --seed "$seed"
+    done
 done

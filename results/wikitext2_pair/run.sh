@@ -53,7 +53,7 @@ small_rates() {
 }
 
 changes() {
-    local model=$1 change factor base=("${small[@]}" --data wikitext-2 --epochs 1 --warmup 100 --lr "${rate[$1]}")
+    local model=$1 change base=("${small[@]}" --data wikitext-2 --epochs 1 --warmup 100 --lr "${rate[$1]}")
     declare -A flags=([base]="" [base-seed2]="--seed 2" [lr-half]="--lr ${half[$1]}" [lr-double]="--lr ${double[$1]}"
         [embedding-lr-double]="--embedding-lr ${double[$1]}")
     local names="base lr-half lr-double base-seed2 embedding-lr-double"
@@ -63,20 +63,14 @@ changes() {
             [embedding-lr-half]="--embedding-lr ${half[$1]}")
         names+=" layers-2 dropout-0 dropout-0.2 emsize-48 emsize-72 embedding-lr-half"
     else
-        flags+=([forgetbias-0]="--forgetbias 0" [forgetbias-2]="--forgetbias 2" [mlp-1]="--attmlplayers 1"
-            [mlp-5]="--attmlplayers 5" [slots-2]="--memslots 2" [heads-8]="--numheads 8 --headsize 32"
-            [key-128]="--keysize 128" [blocks-2]="--numblocks 2" [gate-memory]="--gatestyle memory")
+        flags+=([scale-1.5]="--init-scale 1.5" [scale-2]="--init-scale 2" [forgetbias-0]="--forgetbias 0"
+            [forgetbias-2]="--forgetbias 2" [mlp-1]="--attmlplayers 1" [mlp-5]="--attmlplayers 5"
+            [slots-2]="--memslots 2" [heads-8]="--numheads 8 --headsize 32" [key-128]="--keysize 128"
+            [blocks-2]="--numblocks 2" [gate-memory]="--gatestyle memory")
         names+=" scale-1.5 scale-2 forgetbias-0 forgetbias-2 mlp-1 mlp-5 slots-2 heads-8 key-128 blocks-2 gate-memory"
     fi
     for change in ${2:-$names}; do
-        if [[ $change != scale-* ]]; then
-            run small "$model" "change-$model-$change" "${base[@]}" ${flags[$change]}
-        elif [[ -e $OUT/change-rmc-$change/last.pt ]]; then # has the scaled weights
-            train train_rmc "change-rmc-$change"
-        else
-            limited "$PYTHON" results/initial_scale.py "${change#scale-}" train_rmc "${small_rmc[@]}" \
-                "${common[@]}" "${base[@]}" --runs-folder "$OUT" --name "change-rmc-$change"
-        fi
+        run small "$model" "change-$model-$change" "${base[@]}" ${flags[$change]}
     done
 }
 
