@@ -204,7 +204,7 @@ class _Scan(torch.autograd.Function):
         window, kept = _Window(core, weights), []
         memories = window.forward(resets, mask, memory, reset_memory, qkv_in, gate_in, rows, kept)
         ctx.core, ctx.count = core, len(weights)
-        # save_for_backward lets go of the tensors after the backward pass; attributes of ctx would stay.
+        # Tensors of save_for_backward are freed after the backward pass, attributes of ctx are not.
         ctx.save_for_backward(resets, mask, memory, reset_memory, memories, *weights, *kept)
         ctx.set_materialize_grads(False)
         return memories, memories[-1].clone()

@@ -104,7 +104,7 @@ class RelationalMemory(nn.Module):
         return_all_outputs: whether forward returns the outputs of all time steps or only the last one.
         input_rows: rows M in the input of one time step. With more than 1 the input is (B, T, M, ...) and
             every row takes part in the attention (the original's `treat_input_as_matrix`).
-        init_scale: factor on the standard deviation of the initial weight matrices. 1 is the original.
+        init_scale: factor on the standard deviation of the initial weight matrices. 1 as in the original.
 
     Raises:
         ValueError: an argument outside its range. The message names it.
@@ -370,7 +370,7 @@ class RelationalMemory(nn.Module):
 
         Raises:
             ValueError: names that are missing or unknown, shapes that do not fit, or values that are not
-                finite numbers. The message lists all of them, and nothing is copied.
+                finite. The message lists all of them, and nothing is copied.
         """
         expected, given, problems = self._sonnet_names(), {}, []
         for name, value in variables.items():

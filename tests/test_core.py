@@ -218,9 +218,6 @@ def test_torch_func_transforms_and_forward_mode_equal_autograd(kind):
     torch.testing.assert_close(together, torch.stack([core(x)[0] for x in several]))
 
 
-# ---- invariants
-
-
 # ---- interface
 
 

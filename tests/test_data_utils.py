@@ -317,7 +317,6 @@ def check_rebuilt(folder, capsys, expected):
 
 
 def test_unusable_caches_are_rebuilt(folder, capsys):
-    """Their contents are checked as those of checkpoints are, see test_checkpoints.py."""
     expected = load_corpus(str(folder))
     (path,) = caches(folder)
     path.write_bytes(path.read_bytes()[:500])

@@ -167,6 +167,3 @@ def test_replicas_compute_in_the_precision_of_the_caller(monkeypatch, dtype):
         enabled = torch.is_autocast_enabled("cuda")  # only where there is a GPU
         replicas.parallel_apply([replica, replica], [(1,), (2,)], [{"penalty": 3}, {"penalty": 4}])
     assert seen == [(1, 3, dtype, enabled), (2, 4, dtype, enabled)]
-
-
-# ---- random numbers

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import termios
-import time
+import threading
 
 from training import checkpoints, console, devices, language_modelling, runs
 from training.console import UserError
@@ -123,22 +123,27 @@ def test_lost_output_does_not_end_a_run(case, status, corpus, whole, tmp_path, m
     assert_same_run(whole, run)
 
 
-def test_run_killed_again_and_again_ends_as_if_undisturbed(corpus, whole, tmp_path):
-    run, draw, status = tmp_path / "run", random.Random(5), None
-    for kill in range(9):
+def test_run_killed_again_and_again_ends_as_if_uninterrupted(corpus, whole, tmp_path, monkeypatch):
+    run, draw, kills = tmp_path / "run", random.Random(5), 0
+    for attempt in range(9):
+        last = run / "last.pt"
+        saved = checkpoints.load_checkpoint(last)["position"]["step"] if last.exists() else 0
+        assert saved or kills == 0  # every kill leaves a checkpoint
+        delay = draw.uniform(0, 0.01)  # seconds; a kill may hit the write of a checkpoint
         child = os.fork()
         if child == 0:
             try:
-                start = ["--resume", str(run)] if run.exists() else command(corpus, tmp_path, *ALWAYS)
+                if attempt < 8:
+                    killer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+                    after_step(monkeypatch, saved + 2, killer.start)
+                start = ["--resume", str(run)] if saved else command(corpus, tmp_path, *ALWAYS)
                 os._exit(train_rnn.main(start))
             finally:
                 os._exit(70)
-        if kill < 8:
-            time.sleep(draw.uniform(0, 0.3))
-            os.kill(child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -signal.SIGKILL)
-    assert status == 0
+        kills += status != 0
+    assert status == 0 and kills > 2
     assert_same_run(whole, run)
 
 

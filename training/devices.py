@@ -140,7 +140,7 @@ def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> No
         UserError: weights, gradients and Adam's two moments exceed the memory.
     """
     try:
-        with torch.device("meta"), _Uninitialised():  # which gives weights shapes and no memory
+        with torch.device("meta"), _Uninitialised():  # weights have shapes but no memory
             needed = 4 * sum(weight.numel() * weight.element_size() for weight in build().parameters())
     except (RuntimeError, OverflowError) as error:  # products of sizes beyond 64 bits
         raise UserError(

@@ -124,7 +124,7 @@ positive_int = _number(int, 1, _HUGE, "a whole number from 1 to 2147483647")
 layer_count = _number(int, 1, 1000, "a whole number from 1 to 1000")  # each is built in a Python loop
 non_negative_int = _number(int, 0, _HUGE, "a whole number from 0 to 2147483647")
 thread_count = _number(int, 0, 1024, "a whole number from 0 to 1024")  # more could end the process
-seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")  # numpy's range
+seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
 finite_float = _number(float, -1e30, 1e30, "a finite number")
 positive_float = _number(float, 0, 1e30, "a finite number above 0", low_open=True)
 non_negative_float = _number(float, 0, 1e30, "a finite number, 0 or more")
@@ -197,7 +197,7 @@ def add_core_flags(
     option(group, "--keysize", non_negative_int, keysize, "UNITS",
            "query and key size of an attention head; 0 = the head size")
     option(group, "--init-scale", positive_float, 1.0, "X",
-           "factor on the core's initial weight matrices; 1 in the original")
+           "factor on the core's initial weight matrices; 1 = as in the original")
     # fmt: on
 
 

@@ -411,10 +411,10 @@ class Trainer:
         return saved
 
     def load_best(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Return the contents of best.pt, which must be a checkpoint of this run's model.
+        """Return the contents of best.pt.
 
         Raises:
-            UserError: best.pt is missing, cannot be read, or holds another model.
+            UserError: best.pt is missing or cannot be read.
         """
         path = self.folder / "best.pt"
         if not path.is_file():
@@ -422,13 +422,7 @@ class Trainer:
                 f"{path} is missing: it was deleted or could not be written. Train longer to get another "
                 "one, or start a new run."
             )
-        best, own = checkpoints.load_checkpoint(path, device), self.task.describe(self.model)
-        if best.get("kind") != own["kind"] or best.get("config") != own["config"]:
-            raise UserError(
-                f"{path} does not hold this run's model. Put the run's own file back, or remove this "
-                "one to resume without it."
-            )
-        return best
+        return checkpoints.load_checkpoint(path, device)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Restore everything from a last.pt.

@@ -3,7 +3,7 @@
 #
 #   small_rates  learning rates of the models of 2.90M parameters, on a fifth of the training text
 #   changes      these models with one change at a time, one epoch
-#   seeds        these models with the best rate, three epochs, three seeds
+#   seeds        these models, three epochs, three seeds
 #   rates        learning rates of the models of 10.7M parameters, on the same fifth
 #   pair         the models of 10.7M parameters with the best rate, EPOCHS epochs
 #   constant     the models of 10.7M parameters at a constant rate, with averaged weights, as many epochs as fit into 2 h 25 min
@@ -12,8 +12,8 @@
 #   results/wikitext2_pair/run.sh pair rmc      one stage of one model (rmc or lstm); use a call for each core
 #   results/wikitext2_pair/run.sh changes rmc "mlp-1 mlp-5"     some changes only
 #
-# Settings: EPOCHS (3) of the pair; SEED (pair: 1, constant: 2, then 3); OUT (runs/wikitext2_pair), MINUTES and PYTHON as in
-# results/train.sh.
+# Settings: EPOCHS (3) of the pair; SEED (default: 1 for pair, 2 for constant; the second seed of constant is 3);
+# OUT (runs/wikitext2_pair), MINUTES and PYTHON as in results/train.sh.
 #
 # Before the first call, make the fifth:
 #   mkdir data/wikitext-2-fifth && cp data/wikitext-2/valid.txt data/wikitext-2-fifth
@@ -36,7 +36,7 @@ full_lstm=(--emsize 184 --nhid 960 --project --tied --cudnn) # 10,733,894
 # The rate of `changes`. On the fifth 16e-3 was level with it for the RMC, and 32e-3 better for the LSTM; both are too high for
 # the whole text (`lr-double`).
 declare -A rate=([rmc]=8e-3 [lstm]=16e-3) half=([rmc]=4e-3 [lstm]=8e-3) double=([rmc]=16e-3 [lstm]=32e-3)
-# The best rates of `changes` and of `rates`.
+# Of `changes`, the best rate of the LSTM; half that of the RMC, which was level with its best. Of `rates`, the best rates.
 declare -A seeds_rate=([rmc]=4e-3 [lstm]=8e-3) pair_rate=([rmc]=4e-3 [lstm]=4e-3)
 
 run() { # run SIZE MODEL NAME FLAGS...
