@@ -28,6 +28,21 @@ def test_process_without_its_own_gpu_is_refused(monkeypatch):
         devices.choose_device(True, own_gpu=1)
 
 
+def test_subnormal_numbers_are_rounded_to_0_in_all_threads():
+    program = """
+import torch
+from training import devices
+
+torch.set_num_threads(2)
+devices.choose_device(False)
+left = torch.full((1 << 20,), 1e-30).mul(1e-10).count_nonzero().item()
+print(left if torch.set_flush_denormal(True) else 0)  # False: the processor has no such setting
+"""
+    home = Path(devices.__file__).parent.parent
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=home).stdout == "0\n"
+
+
 # ---- threads
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None = None) -> torch.device:
-    """Return the device to compute on, and print it if it is a GPU.
+    """Return the device to compute on, and print it if it is a GPU. On a CPU, round subnormal numbers to 0.
 
     Args:
         cuda: use the GPU.
@@ -32,6 +32,9 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
         UserError: there is no usable GPU, or none for this process.
     """
     if not cuda:
+        # Arithmetic with subnormal numbers is many times slower, and Adam's averages of gradients that have
+        # become 0 end as such numbers. The threads that torch starts later inherit the setting.
+        torch.set_flush_denormal(True)
         return torch.device("cpu")
     if not torch.cuda.is_available():
         why = (
