@@ -32,8 +32,8 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
         UserError: there is no usable GPU, or none for this process.
     """
     if not cuda:
-        # Arithmetic with subnormal numbers is many times slower, and Adam's averages of gradients that have
-        # become 0 end as such numbers. The threads that torch starts later inherit the setting.
+        # Arithmetic with subnormal numbers is many times slower, and vanishing gradients and Adam's averages
+        # of them become such numbers. The threads that torch starts later inherit the setting.
         torch.set_flush_denormal(True)
         return torch.device("cpu")
     if not torch.cuda.is_available():
