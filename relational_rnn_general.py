@@ -24,6 +24,7 @@ no parameter depends on mem_slots, and permuting the slots of the memory permute
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -471,9 +472,9 @@ class RelationalMemory(nn.Module):
 
 
 def _integer(name: str, value: int, minimum: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:  # Integral: numpy's too
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    return value
+    return int(value)
 
 
 def _finite(name: str, value: float) -> float:

@@ -347,7 +347,7 @@ def draw_attention(model: NthFarthestModel, inputs: Tensor, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        say(f"no picture of the attention: matplotlib cannot be imported ({error})")
+        say(f"no picture of the attention, which needs matplotlib ({error})")
         return
     weights = model.attention(inputs)[0].cpu().numpy()  # (T, heads, R, R); the input row is the last one
     steps, heads, rows, _ = weights.shape

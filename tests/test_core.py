@@ -304,6 +304,11 @@ def test_wrong_arguments_are_named_with_rule_and_value(argument, value):
         RelationalMemory(**options)
 
 
+def test_numpy_integers_are_accepted(kind):
+    core = kind(np.int64(2), np.int32(3), np.int64(5), num_heads=np.int64(4))
+    assert type(core.mem_slots) is int and core(torch.zeros(1, 1, 5))[1].shape == (1, 2, 12)
+
+
 def test_unknown_arguments_are_refused_with_the_page_on_migration(kind):
     with pytest.raises(TypeError, match=r"has no argument 'num_tokens'.*docs/migrating.md"):
         kind(2, 3, 5, num_tokens=9)

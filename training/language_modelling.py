@@ -498,7 +498,7 @@ def score(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, An
     if "eval_batch_size" in given or not isinstance(columns, int) or columns < 1:
         columns = args.eval_batch_size
     choose_threads(args.threads, model, columns * args.bptt, device)
-    print(f"{path} ({type(model).__name__}) on {corpus.folder}, {columns} columns", flush=True)
+    print(f"{path} ({type(model).__name__}) on {corpus.folder}, columns: {columns}", flush=True)
     for split in ("valid", "test"):
         split_columns(corpus, split, columns, "--eval-batch-size")
         ids = getattr(corpus, split)
