@@ -77,6 +77,16 @@ def test_committed_nth_farthest_runs_give_the_published_numbers(capsys):
     assert unscaled["steps to leave the plateau"] == "- / 1,200" and unscaled["steps"] == "2,000 / 1,800"
 
 
+def test_committed_runs_with_four_points_give_the_published_numbers(capsys):
+    rmc, double, lstm = table(
+        capsys,
+        *(RESULTS / "nth_farthest" / "four" / f"{name}-1024-*" for name in ("original", "double", "lstm")),
+    )
+    assert [row["accuracy %"] for row in (rmc, double, lstm)] == ["90.1 ± 0.5", "90.3 ± 0.5", "50.4 ± 0.1"]
+    assert rmc["steps to leave the plateau"] == "1,800 / 2,000 / 2,200"
+    assert double["steps to 90 %"] == "11,000 / 12,600 / 16,400" and lstm["steps to 90 %"] == "- / - / -"
+
+
 def test_seeds_share_a_row_with_mean_and_deviation(tmp_path, capsys):
     tests = [19.0, 20.5, 24.0]
     flags = [{}, {"embedding_lr": None, "tar": 0.0}, {"recipe": "tiny"}]  # an older run lacks newer flags

@@ -45,8 +45,9 @@ def run(script, tmp_path, *words, unfinished="nothing"):
         ("wikitext2/run_gpu.sh", 88),
         ("nth_farthest/run_gpu.sh", 4),
         ("nth_farthest/sweep.sh", 70),
+        ("nth_farthest/four.sh", 15),
         ("recipe_cpu/run.sh", 28),
-        ("wikitext2_pair/run.sh", 53),
+        ("wikitext2_pair/run.sh", 55),
     ],
 )
 def test_every_command_fits_its_script_and_finished_runs_are_skipped(script, count, tmp_path):

@@ -251,10 +251,10 @@ def test_evaluate_repeats_the_scores_of_a_run(script, finished, capsys):
         assert other.main(["--evaluate", str(folder), "--bptt", "500"]) == 0
         output, warned = capsys.readouterr()
         assert f"valid: loss {test['valid_loss']:.4f}" in output and not warned
-        assert f"test: loss {test['loss']:.4f}" in output and "3 columns" in output
+        assert f"test: loss {test['loss']:.4f}" in output and "columns: 3" in output
     assert script.main(["--evaluate", str(folder / "last.pt"), "--eval-batch-size", "1", "--lr", "1"]) == 0
     output, warned = capsys.readouterr()
-    assert "1 columns" in output and f"test: loss {test['loss']:.4f}" not in output
+    assert "columns: 1" in output and f"test: loss {test['loss']:.4f}" not in output
     assert "--evaluate ignores --lr:" in warned
 
 
