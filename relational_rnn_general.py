@@ -149,9 +149,9 @@ class RelationalMemory(nn.Module):
         self.key_size = _integer("key_size", 0 if key_size is None else key_size, minimum=0) or head_size
         self.return_all_outputs = return_all_outputs
         self.input_rows = _integer("input_rows", input_rows)
-        if _finite("init_scale", init_scale) <= 0:
+        self.init_scale = _finite("init_scale", init_scale)
+        if self.init_scale <= 0:
             raise ValueError(f"init_scale must be above 0, got {init_scale!r}")
-        self.init_scale = init_scale
         self.mem_size = num_heads * head_size
 
         sizes = (num_heads, self.key_size, head_size)

@@ -16,7 +16,7 @@ from training import distributed, flags, language_flags, language_modelling, tra
 from relational_rnn_models import RelationalMemoryLM
 
 RECIPES = {
-    # About three minutes on a CPU.
+    # About two minutes on a CPU.
     "tiny": {
         **language_flags.TINY,
         "emsize": 128,

@@ -419,7 +419,7 @@ def test_sigterm_to_one_process_saves_and_stops_both(corpus_folder, tmp_path):
 
 
 def test_torchrun_restarts_a_killed_run_from_its_last_checkpoint(corpus_folder, tmp_path):
-    """Rank 1 is killed without warning; the finished run equals an undisturbed one of one process."""
+    """Rank 1 is killed without warning; the finished run equals an uninterrupted one of one process."""
     condition = "self.task.position.epoch == 3 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
     script = write_script(tmp_path, condition, "os.kill(os.getpid(), signal.SIGKILL)")
     argv = [*SMALL.split(), "--data", str(corpus_folder), "--epochs", "4", "--dropout", "0"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import os
@@ -134,8 +135,9 @@ def test_run_killed_again_and_again_ends_as_if_uninterrupted(corpus, whole, tmp_
         if child == 0:
             try:
                 if attempt < 8:
-                    killer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
-                    after_step(monkeypatch, saved + 2, killer.start)
+                    kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+                    later = threading.Timer(delay, kill).start
+                    after_step(monkeypatch, saved + 2, later if attempt % 2 else kill)
                 start = ["--resume", str(run)] if saved else command(corpus, tmp_path, *ALWAYS)
                 os._exit(train_rnn.main(start))
             finally:
@@ -143,7 +145,7 @@ def test_run_killed_again_and_again_ends_as_if_uninterrupted(corpus, whole, tmp_
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
-    assert status == 0 and kills > 2
+    assert status == 0 and kills > 0
     assert_same_run(whole, run)
 
 

@@ -133,7 +133,7 @@ def draw_nth_farthest(plt: Any, found: Sequence[Run], against: Sequence[str]) ->
         below.set_xlabel(AXES[name][0])
     axes[0][0].set_ylabel("test accuracy")
     axes[1][0].set_ylabel("training loss (nats)")
-    axes[0][0].legend(fontsize=10, loc="upper left")
+    axes[0][0].legend(fontsize=10, loc="lower left")
     return figure
 
 

@@ -36,7 +36,7 @@ full_lstm=(--emsize 184 --nhid 960 --project --tied --cudnn) # 10,733,894
 # The rate of `changes`. On the fifth 16e-3 was level with it for the RMC, and 32e-3 better for the LSTM; both are too high for
 # the whole text (`lr-double`).
 declare -A rate=([rmc]=8e-3 [lstm]=16e-3) half=([rmc]=4e-3 [lstm]=8e-3) double=([rmc]=16e-3 [lstm]=32e-3)
-# Of `changes`, the best rate of the LSTM; half that of the RMC, which was level with its best. Of `rates`, the best rates.
+# seeds: half the rates of `changes`, which was better for the LSTM and about level for the RMC. pair: the best of `rates`.
 declare -A seeds_rate=([rmc]=4e-3 [lstm]=8e-3) pair_rate=([rmc]=4e-3 [lstm]=4e-3)
 
 run() { # run SIZE MODEL NAME FLAGS...
