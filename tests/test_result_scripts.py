@@ -44,8 +44,7 @@ def run(script, tmp_path, *words, unfinished="nothing"):
     [
         ("wikitext2/run_gpu.sh", 88),
         ("nth_farthest/run_gpu.sh", 4),
-        ("nth_farthest/sweep.sh", 70),
-        ("nth_farthest/four.sh", 15),
+        ("nth_farthest/sweep.sh", 81),
         ("recipe_cpu/run.sh", 28),
         ("wikitext2_pair/run.sh", 55),
     ],

@@ -198,6 +198,16 @@ def test_a_finished_run_without_best_pt_says_so_and_can_train_on(copied):
     assert checkpoints.load_checkpoint(folder / "best.pt")["scores"]["epoch"] == 2
 
 
+def test_best_pt_of_another_model_is_refused_before_training(copied):
+    folder = copied / "train_rmc"
+    shutil.copy(copied / "train_rnn" / "best.pt", folder / "best.pt")
+    kept = (folder / "last.pt").read_bytes()
+    for more in ([], ["--epochs", "2"]):
+        with pytest.raises(UserError, match="best.pt does not hold this run's model"):
+            train_rmc.main(["--resume", str(folder), *more])
+    assert (folder / "last.pt").read_bytes() == kept
+
+
 def test_a_run_from_before_an_argument_was_added_is_resumed(copied):
     folder = copied / "train_rmc"
     for name in ("best.pt", "last.pt"):

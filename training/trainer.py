@@ -411,10 +411,10 @@ class Trainer:
         return saved
 
     def load_best(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Return the contents of best.pt.
+        """Return the contents of best.pt, which must be a checkpoint of this run's model.
 
         Raises:
-            UserError: best.pt is missing or cannot be read.
+            UserError: best.pt is missing, cannot be read, or holds another model.
         """
         path = self.folder / "best.pt"
         if not path.is_file():
@@ -422,7 +422,15 @@ class Trainer:
                 f"{path} is missing: it was deleted or could not be written. Train longer to get another "
                 "one, or start a new run."
             )
-        return checkpoints.load_checkpoint(path, device)
+        best, own = checkpoints.load_checkpoint(path, device), self.task.describe(self.model)
+        # Only the names in best.pt: an older version had fewer arguments.
+        differs = any(own["config"].get(name) != value for name, value in best.get("config", {}).items())
+        if best.get("kind") != own["kind"] or differs:
+            raise UserError(
+                f"{path} does not hold this run's model. Put the run's own file back, or remove this "
+                "one to resume without it."
+            )
+        return best
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Restore everything from a last.pt.
