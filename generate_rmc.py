@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from training import checkpoints, console, devices, files, flags, language_modelling, runs
+from training import checkpoints, console, devices, files, flags, runs
 from training.console import UserError
 from training.flags import option, switch
 
@@ -22,6 +22,7 @@ import torch
 import data_utils
 from data_utils import EOS, UNK, Vocabulary
 from layers.language_model import LanguageModel
+from tasks import language_modelling
 
 SHOWN = 400  # characters of the text that are printed as well as written
 

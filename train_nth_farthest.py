@@ -24,7 +24,7 @@ from training.trainer import Trainer
 import torch
 from torch import Tensor
 
-from nth_farthest import (
+from tasks.nth_farthest import (
     MODELS,
     NthFarthestModel,
     accuracy_by_rank,

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from training import distributed, flags, language_flags, language_modelling, trainer
+from training import distributed, flags, trainer
 
 from relational_rnn_models import RelationalMemoryLM
+from tasks import language_flags, language_modelling
 
 RECIPES = {
     # About two minutes on a CPU.

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from training import distributed, flags, language_flags, language_modelling, trainer
+from training import distributed, flags, trainer
 
 from rnn_models import LAYERS, RNNLM
+from tasks import language_flags, language_modelling
 
 RECIPES = {
     # About as many weights, and as many epochs, as train_rmc.py's recipe of this name.

@@ -19,9 +19,11 @@ import torch
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 matplotlib.use("Agg")
-from training import checkpoints, language_modelling  # noqa: E402
+from training import checkpoints  # noqa: E402
 
 from matplotlib import pyplot as plt  # noqa: E402
+
+from tasks import language_modelling  # noqa: E402
 
 STORY = """
     one bright noon near the river tom met lucy . <eos>

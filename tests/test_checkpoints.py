@@ -10,7 +10,6 @@ import zipfile
 from training import checkpoints, devices
 from training.checkpoints import CHECKPOINT_FORMAT, load_checkpoint, save_checkpoint
 from training.console import UserError
-from training.language_modelling import describe_model, load_model
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ import torch
 from data_utils import Vocabulary
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
+from tasks.language_modelling import describe_model, load_model
 
 VOCABULARY = Vocabulary(["a", "b", "c", "<eos>", "ü"])
 

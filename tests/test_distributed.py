@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training import checkpoints, devices, distributed, language_modelling, runs
+from training import checkpoints, devices, distributed, runs
 from training.console import UserError
 from training.distributed import ALONE, Processes
 
@@ -24,7 +24,8 @@ import torch
 import train_nth_farthest
 import train_rmc
 import train_rnn
-from nth_farthest import make_batch
+from tasks import language_modelling
+from tasks.nth_farthest import make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

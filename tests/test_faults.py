@@ -17,7 +17,7 @@ import sys
 import termios
 import threading
 
-from training import checkpoints, console, devices, language_modelling, runs
+from training import checkpoints, console, devices, runs
 from training.console import UserError
 
 import pytest
@@ -26,6 +26,7 @@ from conftest import write_corpus
 from same_runs import after_step, assert_same_checkpoint, assert_same_run, numbers
 
 import train_rnn
+from tasks import language_modelling
 
 # 2379 targets in 14 columns of 170 or fewer: 12 windows of 15 in an epoch, the last of 5.
 STEPS = 12

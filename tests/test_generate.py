@@ -6,7 +6,7 @@ import math
 import os
 import sys
 
-from training import checkpoints, language_modelling
+from training import checkpoints
 from training.console import UserError
 
 import pytest
@@ -19,6 +19,7 @@ from data_utils import Vocabulary
 from generate_rmc import choose, encode_prompt, join_punctuation
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
+from tasks import language_modelling
 
 SIZES = {
     "rmc": (RelationalMemoryLM, {"embedding_size": 12, "head_size": 5, "num_heads": 2, "mem_slots": 2}),

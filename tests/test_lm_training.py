@@ -4,10 +4,9 @@ import copy
 import math
 import random
 
-from training import checkpoints, console, language_modelling, runs
+from training import checkpoints, console, runs
 from training.console import UserError
 from training.distributed import ALONE
-from training.language_flags import choose_softmax
 from training.schedule import PATIENCE, LearningRate
 from training.trainer import Trainer
 
@@ -19,6 +18,8 @@ import train_rmc
 import train_rnn
 from data_utils import Corpus, Vocabulary
 from layers.regularisation import window_stops
+from tasks import language_modelling
+from tasks.language_flags import choose_softmax
 
 V = 29
 SCRIPTS = {

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from same_runs import after_step, assert_same_run
 
 import train_nth_farthest as script
-from nth_farthest import NthFarthestModel, loss_and_correct, make_batch
+from tasks.nth_farthest import NthFarthestModel, loss_and_correct, make_batch
 
 CPU = torch.device("cpu")
 # A run that takes a second; all sizes differ.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nth_farthest import (
+from tasks.nth_farthest import (
     NthFarthestModel,
     accuracy_by_rank,
     is_correct,

@@ -7,10 +7,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from training import checkpoints, flags, language_modelling, runs
+from training import checkpoints, flags, runs
 from training.console import UserError
 from training.distributed import ALONE
-from training.language_flags import choose_softmax
 from training.trainer import Trainer
 
 import pytest
@@ -21,6 +20,8 @@ from same_runs import after_step, assert_same_checkpoint, assert_same_run, numbe
 import train_rmc
 import train_rnn
 from layers import regularisation
+from tasks import language_modelling
+from tasks.language_flags import choose_softmax
 
 SIZES = {
     train_rmc: "--emsize 12 --headsize 5 --numheads 2 --keysize 3 --memslots 2",

@@ -47,11 +47,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.softmax import choose_cutoffs
-from nth_farthest import NthFarthestModel, make_batch
 from relational_rnn_fast import FastRelationalMemory
 from relational_rnn_general import RelationalMemory
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
+from tasks.nth_farthest import NthFarthestModel, make_batch
 
 SECTIONS = ("lm", "nth", "core", "step", "memory")
 SHORTEST_SAMPLE = 0.02  # seconds; several calls make one sample of a faster function

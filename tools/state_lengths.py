@@ -26,12 +26,12 @@ from pathlib import Path
 
 import _project  # noqa: F401
 from training import checkpoints, console, devices, files, flags
-from training.language_modelling import evaluate, find_checkpoint, load_model, load_text
 
 import torch
 
 from data_utils import IGNORED
 from layers.language_model import LanguageModel, perplexity
+from tasks.language_modelling import evaluate, find_checkpoint, load_model, load_text
 
 WINDOW = 100  # words of a segment that are read at once
 TOKENS_AT_ONCE = 6400  # of all segments that are read side by side

@@ -19,7 +19,6 @@ from typing import Any
 from training import checkpoints, devices, distributed, flags, runs
 from training.console import Interrupts, Progress, UserError, say, warn
 from training.distributed import ALONE, Processes
-from training.language_flags import choose_softmax
 from training.trainer import Interrupted, Script, Task, Trainer
 
 import torch
@@ -30,6 +29,7 @@ from layers.language_model import LanguageModel, perplexity
 from layers.regularisation import WeightAverage, parameter_groups, window_stops
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
+from tasks.language_flags import choose_softmax
 
 MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
 SCRIPTS = ("train_rmc", "train_rnn")
