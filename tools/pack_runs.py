@@ -8,13 +8,12 @@ Example: python tools/pack_runs.py runs/search-* --outf results/search.jsonl
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import _project  # noqa: F401
-from training import console, files, flags
+from training import console, files, flags, runs
 
 import run_files
 
@@ -23,11 +22,7 @@ def pack(folder: Path) -> str:
     """Return the line of a study file that holds a run folder's arguments and log."""
     run_files.read_run_folder(folder)  # refuses a damaged run
     record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-    log = []
-    # Not splitlines, which would also split at characters such as U+2028 inside a line.
-    for line in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError):  # half a line, left by a run that was killed
-            log.append(json.loads(line))
+    log = list(runs.log_events(folder / "log.jsonl"))
     entry = {"name": folder.resolve().name, "args": record, "log": log}
     return json.dumps(entry, ensure_ascii=False) + "\n"
 

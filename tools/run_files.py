@@ -13,9 +13,8 @@ from __future__ import annotations
 import fnmatch
 import json
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +179,7 @@ def read_run_folder(folder: Path) -> Run:
             raise UserError(f"{folder} is not a run folder with a log: it has no {name}.")
     try:
         record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        return make_run(folder.resolve().name, folder, record, folder / "log.jsonl")
+        return make_run(folder.resolve().name, folder, record, runs.log_events(folder / "log.jsonl"))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'args.json'} cannot be read ({type(error).__name__}: {error}).") from None
 
@@ -192,15 +191,12 @@ def read_study(path: Path) -> list[Run]:
         UserError: the file is not a study file.
     """
     found = []
-    with open(path, encoding="utf-8") as lines, tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.jsonl"  # as a file, so that both kinds of log are read by the same function
+    with open(path, encoding="utf-8") as lines:
         try:
             for line in lines:
                 entry = json.loads(line)
-                log.write_text("".join(json.dumps(event) + "\n" for event in entry["log"]), encoding="utf-8")
-                found.append(
-                    make_run(entry["name"], path.with_suffix("") / entry["name"], entry["args"], log)
-                )
+                place = path.with_suffix("") / entry["name"]
+                found.append(make_run(entry["name"], place, entry["args"], entry["log"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is not a study file: line {len(found) + 1} is not a run "
@@ -209,7 +205,7 @@ def read_study(path: Path) -> list[Run]:
     return found
 
 
-def make_run(name: str, path: Path, record: dict[str, Any], log: Path) -> Run:
+def make_run(name: str, path: Path, record: dict[str, Any], events: Iterable[dict[str, Any]]) -> Run:
     """Build a Run; KeyError or TypeError if args.json lacks the script or its arguments."""
     record = {**record, "script": str(record["script"]), "arguments": dict(record["arguments"])}
-    return Run(name, path, record, runs.read_log(log))
+    return Run(name, path, record, runs.drop_repeated(events))

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -293,25 +293,31 @@ class RunLog:
             warn(f"could not write to {self.path}: {error.strerror}; training continues")
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Return the events of a log in order, without those that a resumed run repeated.
+def log_events(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield every event of a log file. Lines that are not events, such as half-written ones, are skipped."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if isinstance(event := json.loads(line), dict):
+                    yield event
+
+
+def drop_repeated(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return events in order, without those that a resumed run repeated.
 
     An event {"event": "resume", "step": s} cancels all earlier events after step s. A run that was killed
     between logging and saving logs that step again: of two events of one kind at one step, the later one
-    counts, in the place of the earlier one. Lines that are not events, such as half-written ones, are
-    skipped.
+    counts, in the place of the earlier one.
     """
-    events: dict[tuple[Any, Any], dict[str, Any]] = {}  # by kind and step
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(event, dict):
-                continue
-            kind, step = event.get("event"), event.get("step", 0)
-            if kind == "resume":
-                events = {key: earlier for key, earlier in events.items() if key[1] <= step}
-            events[kind, step] = event
-    return list(events.values())
+    kept: dict[tuple[Any, Any], dict[str, Any]] = {}  # by kind and step
+    for event in events:
+        kind, step = event.get("event"), event.get("step", 0)
+        if kind == "resume":
+            kept = {key: earlier for key, earlier in kept.items() if key[1] <= step}
+        kept[kind, step] = event
+    return list(kept.values())
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """Return the events of a log file in order, without those that a resumed run repeated."""
+    return drop_repeated(log_events(path))

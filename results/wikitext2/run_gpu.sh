@@ -15,7 +15,6 @@
 #   search     twelve trials of each model with at most 11M parameters, 30 epochs; the same draws for both
 #   best       the trial of each model with the best validation perplexity, all epochs, three seeds
 #   ablation   the best trials with one part removed or added, one seed
-# The runs of original, recipe and best are also scored as one stream, and by the length of the state.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/wikitext2}
@@ -26,26 +25,17 @@ epochs=(${EPOCHS:+--epochs "$EPOCHS"})
 rmc() { train train_rmc "$@" ${epochs[@]+"${epochs[@]}"}; }
 lstm() { train train_rnn "$@" ${epochs[@]+"${epochs[@]}"}; }
 
-score() { # score NAME...
-    for name in "$@"; do
-        [[ -e $OUT/$name/state_lengths.csv ]] ||
-            limited "$PYTHON" tools/state_lengths.py "$OUT/$name" --lengths 1 10 100 1000 10000 $DEVICE
-    done
-}
-
 original() {
     for seed in 1 2 3; do
         rmc "original-rmc-seed$seed" --seed "$seed"
         lstm "original-lstm-seed$seed" --tied --cudnn --seed "$seed"
         rmc "original-rmc-10.75M-seed$seed" --emsize 184 --headsize 176 --seed "$seed"
-        score original-{rmc,lstm,rmc-10.75M}-seed$seed
     done
 }
 
 recipe() {
     for seed in 1 2 3; do
         for model in rmc lstm; do $model "recipe-$model-seed$seed" --recipe wikitext2 --seed "$seed"; done
-        score recipe-{rmc,lstm}-seed$seed
     done
 }
 
@@ -107,7 +97,6 @@ best() {
         flags=$(trial $model "${number:?no trial of the stage search is finished}")
         for seed in 1 2 3; do
             $model "best-$model-seed$seed" $flags --seed "$seed"
-            score "best-$model-seed$seed"
         done
     done
 }
