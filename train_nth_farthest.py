@@ -239,12 +239,12 @@ class NthFarthest(trainer.Task):
     # -- reports and scores
 
     def report(
-        self, engine: Trainer, totals: dict[str, float], elapsed: float
+        self, trainer: Trainer, totals: dict[str, float], elapsed: float
     ) -> tuple[dict[str, Any], str, str]:
-        count = engine.at.interval_count
+        count = trainer.position.interval_count
         loss, accuracy = totals["losses"] / count, totals["correct"] / count
-        speed = engine.timed_count / elapsed
-        self.test_accuracy, self.train_accuracy = self.test(engine.processes), accuracy
+        speed = trainer.timed_count / elapsed
+        self.test_accuracy, self.train_accuracy = self.test(trainer.processes), accuracy
         fields = {
             "loss": loss,
             "accuracy": accuracy,
@@ -255,17 +255,17 @@ class NthFarthest(trainer.Task):
         text = f"loss {loss:.4f} | train {accuracy:.1%} | test {self.test_accuracy:.1%}"
         return fields, text, f"{text} | {speed:,.0f} examples/s"
 
-    def after_report(self, engine: Trainer) -> None:
+    def after_report(self, trainer: Trainer) -> None:
         """Keep the best model, count how often the target is reached, and enter the next stage."""
         here = self.position
         on_target = self.test_accuracy >= self.args.target_accuracy
         here.times_on_target = here.times_on_target + 1 if on_target else 0
-        engine.offer_best(self.test_accuracy)
+        trainer.offer_best(self.test_accuracy, self.model)
         if here.stage + 1 < len(self.stages) and self.train_accuracy >= self.args.curriculum_accuracy:
             here.stage += 1
             vectors, dims = self.stages[here.stage]
-            engine.write("stage", stage=here.stage, vectors=vectors, dims=dims)
-            say(f"from step {engine.at.step + 1:,}: {vectors} vectors, {dims} dimensions")
+            trainer.write("stage", stage=here.stage, vectors=vectors, dims=dims)
+            say(f"from step {trainer.position.step + 1:,}: {vectors} vectors, {dims} dimensions")
 
     def test(self, processes: Processes) -> float:
         """Return the accuracy on the test set, never in bfloat16."""
@@ -276,19 +276,19 @@ class NthFarthest(trainer.Task):
         if mine.stop > mine.start:
             right += is_correct(self.model, inputs[mine], targets[mine], self.args.batch_size).sum()
         self.model.train()
-        return processes.add_up(right).item() / len(targets)
+        return processes.all_reduce(right).item() / len(targets)
 
-    def finish(self, engine: Trainer, event: str) -> None:
+    def finish(self, trainer: Trainer, event: str) -> None:
         """Measure the best model on fresh examples and draw its attention."""
-        if engine.processes.is_main:
-            scores = measure(engine.load_best(self.device), engine.folder, self.args, self.device)
-            engine.write("final", **scores)
+        if trainer.processes.is_main:
+            scores = measure(trainer.load_best(self.device), trainer.folder, self.args, self.device)
+            trainer.write("final", **scores)
 
-    def stopped(self, engine: Trainer) -> None:
+    def stopped(self, trainer: Trainer) -> None:
         """Print what the run has reached."""
-        if engine.at.best_step:
-            say(f"best test accuracy so far: {engine.at.best_score:.1%}")
-            say(f"To measure the best model: {console.command(SCRIPT, '--evaluate', engine.folder)}")
+        if trainer.position.best_step:
+            say(f"best test accuracy so far: {trainer.position.best_score:.1%}")
+            say(f"To measure the best model: {console.command(SCRIPT, '--evaluate', trainer.folder)}")
 
     def lower_advice(self) -> str:
         return f"a lower --lr (it was {self.args.lr:g}), or with --input-scale and --memory-scale nearer to 1"

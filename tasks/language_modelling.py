@@ -84,7 +84,7 @@ def evaluate(
                 progress.advance()
                 if interrupts is not None and processes.agree(interrupts)[0]:
                     raise Interrupted
-        return processes.add_up(total).item() / columns.num_pairs
+        return processes.all_reduce(total).item() / columns.num_pairs
     finally:
         model.train(was_training)
 
@@ -248,12 +248,12 @@ class LanguageModelling(Task):
         return {"epoch": min(self.position.epoch, self.args.epochs)}
 
     def report(self, trainer: Trainer, totals: dict[str, float], elapsed: float) -> tuple[dict, str, str]:
-        at, steps = trainer.at, max(trainer.timed_steps, 1)
-        loss = totals["losses"] / at.interval_count
+        interval, steps = trainer.position, max(trainer.timed_steps, 1)
+        loss = totals["losses"] / interval.interval_count
         if perplexity(loss) == math.inf:
             trainer.diverged(f"training loss is {loss:.4g} nats per token")
         self.position.epoch_nats += totals["losses"]
-        self.position.epoch_tokens += at.interval_count
+        self.position.epoch_tokens += interval.interval_count
         # On a GPU the host does not wait for the end of the forward pass.
         forward = 1000 * trainer.forward_seconds / steps if self.device.type == "cpu" else None
         fields = {
@@ -292,7 +292,8 @@ class LanguageModelling(Task):
         line = f"valid {loss_text(loss)}{mark if best_model is self.model else ''}"
         if averaged:
             line += f", averaged {averaged['average_ppl']:.2f}{mark if best_model is not self.model else ''}"
-        say(f"epoch {here.epoch}: train ppl {train['train_ppl']:.2f} | {line} | {trainer.at.seconds:.0f} s")
+        seconds = trainer.position.seconds
+        say(f"epoch {here.epoch}: train ppl {train['train_ppl']:.2f} | {line} | {seconds:.0f} s")
         here.epoch += 1
         here.place = here.epoch_tokens = 0
         here.epoch_nats = 0.0
@@ -307,9 +308,9 @@ class LanguageModelling(Task):
 
     def finish(self, trainer: Trainer, event: str) -> None:
         """Test the best model."""
-        best = trainer.processes.from_main(trainer.load_best)
+        best = trainer.processes.broadcast(trainer.load_best)
         model, _ = load_model(best, self.device)
-        loss, valid = self.evaluate(trainer, "test", model), trainer.at.best_score
+        loss, valid = self.evaluate(trainer, "test", model), trainer.position.best_score
         epoch = best["scores"]["epoch"]
         scores = {"loss": loss, "ppl": perplexity(loss), "best_epoch": epoch}
         trainer.write(event, **scores, valid_loss=valid, valid_ppl=perplexity(valid))
@@ -320,7 +321,7 @@ class LanguageModelling(Task):
         """After Ctrl-C, test the best model; after other signals there may be no time for it."""
         if trainer.interrupts.requested != "SIGINT" or not trainer.processes.alone:
             return
-        if trainer.at.best_step:
+        if trainer.position.best_step:
             self.finish(trainer, "interrupt")
         else:
             say("no epoch is finished, so there is no best model to test yet")

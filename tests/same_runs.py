@@ -16,7 +16,7 @@ def after_step(monkeypatch, step, act=lambda: signal.raise_signal(signal.SIGINT)
 
     def patched(trainer):
         take(trainer)
-        if trainer.at.step == step:
+        if trainer.position.step == step:
             monkeypatch.setattr(Trainer, "step", take)
             act()
 

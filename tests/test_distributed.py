@@ -100,7 +100,7 @@ def stopped(folder, trainer, step, rank=0):
 
     def take_and_ask():
         take()
-        if trainer.at.step == step and trainer.processes.rank == rank:
+        if trainer.position.step == step and trainer.processes.rank == rank:
             trainer.interrupts.requested = "SIGTERM"
 
     trainer.step = take_and_ask
@@ -133,8 +133,8 @@ def group_cases(folder, processes):
     own, dropout = folder / str(processes.world_size), "--dropout 0.3"
     results = {"whole": trained(own / "whole", language_trainer(folder, processes, "rmc", dropout))}
     first = stopped(own / "parts", language_trainer(folder, processes, "rmc", dropout), 5, rank=1)
-    assert (first.at.step, first.interrupts.requested) == (5, "SIGTERM")
-    last = processes.from_main(lambda: checkpoints.load_checkpoint(own / "parts" / "last.pt"))
+    assert (first.position.step, first.interrupts.requested) == (5, "SIGTERM")
+    last = processes.broadcast(lambda: checkpoints.load_checkpoint(own / "parts" / "last.pt"))
     again = language_trainer(folder, processes, "rmc", dropout)
     again.restore(last)
     results["draws"] = torch.rand(3)
@@ -389,7 +389,7 @@ SMALL = "--emsize 12 --nhid 14 --batch-size 14 --bptt 15 --eval-batch-size 3 --t
 
 def test_bug_in_one_process_ends_all_with_its_traceback(corpus_folder, tmp_path):
     """The traceback is printed and, for torchrun's report, in the file that torchrun names."""
-    script = write_script(tmp_path, "self.at.step == 3", "1 / 0")
+    script = write_script(tmp_path, "self.position.step == 3", "1 / 0")
     argv = [script, *SMALL.split(), "--data", corpus_folder]
     with two_processes(tmp_path, *argv, TORCHELASTIC_ERROR_FILE=str(tmp_path / "{rank}.json")) as processes:
         statuses, outputs, errors = ends(processes)

@@ -150,7 +150,9 @@ def plain_training(model, text, args, stops_of):
             if step <= args.warmup:
                 lr *= step / args.warmup
             elif args.schedule == "cosine":
-                lr *= 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / (total - args.warmup)))
+                peak = max(args.warmup, 1)
+                lr *= 0.5 * (1 + math.cos(math.pi * (step - peak) / (total - peak + 1)))
+                assert lr > 0
             rows.append((lr, loss.item(), norm))
             shrink = min(1, args.clip / (norm + 1e-6)) if args.clip else 1
             scale = 1 if args.random_bptt is None else (stop - place) / args.bptt
@@ -308,7 +310,7 @@ def test_best_model_and_learning_rate_follow_the_validation_loss(tmp_path, monke
     assert [event["lr"] for event in events(tmp_path, "valid")] == [0.004] * 8 + [0.002] * 4
     best = checkpoints.load_checkpoint(tmp_path / "best.pt")
     assert best["scores"] == {"epoch": 10, "step": 10, "valid_loss": 3.0}
-    assert (trainer.at.best_step, trainer.at.best_score) == (10, 3.0)
+    assert (trainer.position.best_step, trainer.position.best_score) == (10, 3.0)
 
 
 def test_checkpoints_are_written_when_they_should_be(tmp_path, monkeypatch):
@@ -317,10 +319,14 @@ def test_checkpoints_are_written_when_they_should_be(tmp_path, monkeypatch):
     validate_with(trainer, monkeypatch, 2.0, 3.0, 1.0)
     written = []
     monkeypatch.setattr(
-        checkpoints, "save_checkpoint", lambda path, contents: written.append((path.name, trainer.at.step))
+        checkpoints,
+        "save_checkpoint",
+        lambda path, contents: written.append((path.name, trainer.position.step)),
     )
     assert console.Alarm(9).seconds == 540
-    monkeypatch.setattr(console.Alarm, "due", lambda alarm: bool(alarm.seconds) and trainer.at.step == 4)
+    monkeypatch.setattr(
+        console.Alarm, "due", lambda alarm: bool(alarm.seconds) and trainer.position.step == 4
+    )
     assert trainer.train(tmp_path)
     best, last = [("best.pt", 7), ("best.pt", 21)], [("last.pt", step) for step in (4, 7, 14, 21)]
     assert written == [last[0], best[0], last[1], last[2], best[1], last[3]]
@@ -368,14 +374,14 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_pat
 
     def spoilt(*arguments):
         objective, sums, state = losses(*arguments)
-        return objective, sums * (math.nan if trainer.at.step > STEPS else 1), state
+        return objective, sums * (math.nan if trainer.position.step > STEPS else 1), state
 
     def due(alarm):
-        if trainer.at.step == STEPS + 1:  # all is well until here
+        if trainer.position.step == STEPS + 1:  # all is well until here
             kept.update({name: (tmp_path / name).read_bytes() for name in ("best.pt", "last.pt")})
-        if moment == "stop" and trainer.at.step == STEPS + 3:
+        if moment == "stop" and trainer.position.step == STEPS + 3:
             trainer.interrupts.requested = "SIGINT"
-        return moment == "timed save" and trainer.at.step == STEPS + 3
+        return moment == "timed save" and trainer.position.step == STEPS + 3
 
     monkeypatch.setattr(trainer.task, "losses", spoilt)
     monkeypatch.setattr(console.Alarm, "due", due)

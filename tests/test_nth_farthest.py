@@ -67,10 +67,10 @@ def score(monkeypatch):
     report = script.NthFarthest.report
 
     def set_score(accuracy):
-        def patched(self, engine, totals, elapsed):
-            found = accuracy[engine.at.step] if isinstance(accuracy, dict) else accuracy
+        def patched(self, trainer, totals, elapsed):
+            found = accuracy[trainer.position.step] if isinstance(accuracy, dict) else accuracy
             self.test = lambda processes: found
-            return report(self, engine, totals, elapsed)
+            return report(self, trainer, totals, elapsed)
 
         monkeypatch.setattr(script.NthFarthest, "report", patched)
 

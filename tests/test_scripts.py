@@ -240,7 +240,7 @@ def test_a_run_that_fails_early_removes_its_folder(corpus_folder, tmp_path, monk
     step = Trainer.step
 
     def failing(trainer):
-        if trainer.at.step == 3:
+        if trainer.position.step == 3:
             raise ZeroDivisionError
         step(trainer)
 

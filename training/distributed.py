@@ -84,14 +84,14 @@ class Processes:
         """
         return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes, bit for bit the same everywhere, and return it."""
         if not self.alone:
             with _contact():
                 dist.all_reduce(tensor)
         return tensor
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_max(self, *numbers: int) -> list[int]:
         """Return the largest of each number over all processes."""
         if self.alone:
             return list(numbers)
@@ -107,12 +107,12 @@ class Processes:
         step. `interrupts.requested` is then the same in all of them.
         """
         number = signal.Signals[interrupts.requested].value if interrupts.requested else 0
-        number, *requests = self.largest(number, *(request and self.is_main for request in requests))
+        number, *requests = self.all_max(number, *(request and self.is_main for request in requests))
         if number and not interrupts.requested:
             interrupts.requested = signal.Signals(number).name
         return [bool(number), *map(bool, requests)]
 
-    def from_main(self, function: Callable[[], Any]) -> Any:
+    def broadcast(self, function: Callable[[], Any]) -> Any:
         """Call a function in the main process and return its result in all of them."""
         if self.alone:
             return function()
@@ -134,14 +134,14 @@ class Processes:
     def one_per_host_first(self) -> Iterator[None]:
         """Run the block in one process per host, and afterwards in the others, which find its files."""
         if self.local_rank != 0:
-            self.largest(0)
+            self.all_max(0)
         yield
         if self.local_rank == 0:
-            self.largest(0)
+            self.all_max(0)
 
     def check_same(self, what: str, value: Any) -> None:
         """Raise UserError unless all processes have the main process's value."""
-        if self.from_main(lambda: value) != value:
+        if self.broadcast(lambda: value) != value:
             raise UserError(f"{what} differs between the hosts. Use the same files and flags on all of them.")
 
     def share_weights(self, model: nn.Module) -> None:

@@ -137,7 +137,7 @@ probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
 # Flags that may change when a run is resumed: where it runs and what it prints, not what it computes.
 RESUME_MAY_CHANGE = frozenset({
     "resume", "cuda", "log_interval", "save_every", "threads", "runs_folder", "no_cuda_graph", "accumulate",
-    "collective_timeout", "evaluate", "stop_after",
+    "collective_timeout", "stop_after",
 })  # fmt: skip
 
 

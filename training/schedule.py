@@ -19,7 +19,7 @@ class LearningRate:
 
     Args:
         lr: the highest learning rate.
-        schedule: 'constant', 'cosine' (to 0 at the last step) or 'plateau' (see `end_epoch`).
+        schedule: 'constant', 'cosine' (to 0 after the last step) or 'plateau' (see `end_epoch`).
         warmup: steps in which it grows linearly from 0.
         total_steps: length of the run, for the cosine.
         optimizer: its groups' learning rates are set.
@@ -45,26 +45,27 @@ class LearningRate:
         on_gpu = device.type == "cuda"
         self.tensors = [torch.tensor(lr, device=device) for _ in factors] if on_gpu else None
         self.plateau_factor, self.best_loss, self.bad_epochs = 1.0, math.inf, 0
-        self.current = self.at(1)
+        self.current = self.rate_at(1)
         if warmup >= total_steps:
             warn(
                 f"--warmup {warmup:,} is not shorter than the run of {total_steps:,} steps: the learning "
                 "rate will not reach --lr"
             )
 
-    def at(self, step: int) -> float:
+    def rate_at(self, step: int) -> float:
         """Return the learning rate of a step; the first step is 1."""
         lr = self.lr * self.plateau_factor
         if step <= self.warmup:
             return lr * step / self.warmup
         if self.schedule != "cosine":
             return lr
-        progress = min(1.0, (step - self.warmup) / max(1, self.total_steps - self.warmup))
-        return lr * 0.5 * (1 + math.cos(math.pi * progress))
+        peak = max(1, self.warmup)  # the step with the whole rate
+        progress = (step - peak) / max(1, self.total_steps + 1 - peak)  # 1 at the step after the last one
+        return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def set(self, step: int, scale: float = 1.0) -> None:
         """Set the optimiser's learning rate for a step; `scale` applies to this step alone."""
-        self.current = self.at(step)
+        self.current = self.rate_at(step)
         for index, group in enumerate(self.optimizer.param_groups):
             lr = self.current * scale * self.factors[index]
             group["lr"] = lr if self.tensors is None else self.tensors[index].fill_(lr)

@@ -191,7 +191,7 @@ class Trainer:
             self.parts, self.not_captured, device=device, enabled=capture, beside_threads=not alone
         )
         self.worst_score = -math.inf if task.higher_is_better else math.inf
-        self.at = Position(self.worst_score)
+        self.position = Position(self.worst_score)
         self.interrupts = console.Interrupts()
         self.folder = Path()
         self.log: runs.RunLog | None = None
@@ -209,17 +209,17 @@ class Trainer:
     def step(self) -> None:
         """Take one optimiser step on the next batch."""
         inputs, self.count, scale = self.task.next_batch()
-        self.lr.set(self.at.step + 1, scale)
+        self.lr.set(self.position.step + 1, scale)
         first, *last = self.captured_parts if self.count == self.task.full_count else self.parts
         first(*inputs)
         for update in last:
-            self.processes.add_up(self.gradients.flat)
+            self.processes.all_reduce(self.gradients.flat)
             update()
         if self.task.average is not None:
             self.task.average.update(self.model)
-        self.at.step += 1
-        self.at.interval_steps += 1
-        self.at.interval_count += self.count
+        self.position.step += 1
+        self.position.interval_steps += 1
+        self.position.interval_count += self.count
         self.timed_steps += 1
         self.timed_count += self.count
 
@@ -274,29 +274,29 @@ class Trainer:
         self.start_interval()
         with self.interrupts:
             try:
-                while not self.task.finished(self.at.step):
+                while not self.task.finished(self.position.step):
                     self.train_span(saving, ending)
                     self.task.end_span(self)
                     self.save_last()
                     self.start_interval()
             except Interrupted:
                 self.save_last()
-                return self.task.finished(self.at.step)
+                return self.task.finished(self.position.step)
         return True
 
     def train_span(self, saving: console.Alarm, ending: console.Alarm) -> None:
         """Take the steps of one progress bar."""
         self.model.train()
-        label, steps, done = self.task.span(self.at.step)
+        label, steps, done = self.task.span(self.position.step)
         with console.Progress(steps, label, done) as progress:
-            over = self.task.span_is_over(self.at.step)
+            over = self.task.span_is_over(self.position.step)
             while not over:
                 self.step()
                 progress.advance()
-                over = self.task.span_is_over(self.at.step)
-                if over or self.at.step % self.args.log_interval == 0:
+                over = self.task.span_is_over(self.position.step)
+                if over or self.position.step % self.args.log_interval == 0:
                     self.report(progress)
-                    over = self.task.span_is_over(self.at.step)
+                    over = self.task.span_is_over(self.position.step)
                 stop, save, late = self.processes.agree(self.interrupts, saving.due(), ending.due())
                 if save:
                     self.save_last()
@@ -308,9 +308,9 @@ class Trainer:
         totals = self.read_sums()
         self.update_clock()
         fields, short, line = self.task.report(self, totals, max(self.clock - self.interval_clock, 1e-9))
-        self.write("train", **fields, grad_norm=totals["gradient norms"] / self.at.interval_steps)
+        self.write("train", **fields, grad_norm=totals["gradient norms"] / self.position.interval_steps)
         progress.report(short, line)
-        self.at.interval_steps = self.at.interval_count = 0
+        self.position.interval_steps = self.position.interval_count = 0
         self.sums.zero_()
         self.task.after_report(self)
         self.start_interval()
@@ -321,7 +321,7 @@ class Trainer:
         Raises:
             UserError: a sum is not finite.
         """
-        losses = self.processes.add_up(self.sums[:-1].clone()).tolist()
+        losses = self.processes.all_reduce(self.sums[:-1].clone()).tolist()
         norms = self.sums[-1].item()  # of the whole gradient, the same in all processes
         totals = {**dict(zip(self.task.sums, losses, strict=True)), "gradient norms": norms}
         for name, value in totals.items():
@@ -334,8 +334,8 @@ class Trainer:
         last = self.folder / "last.pt"
         kept = f"{last} was written before that" if last.exists() else "No checkpoint had been written yet"
         raise UserError(
-            f"training has diverged: the {what}, at step {self.at.step:,}. {kept}. Start a new run with "
-            f"{self.task.lower_advice()}."
+            f"training has diverged: the {what}, at step {self.position.step:,}. {kept}. Start a new run "
+            f"with {self.task.lower_advice()}."
         )
 
     def start_interval(self) -> None:
@@ -347,13 +347,13 @@ class Trainer:
     def update_clock(self) -> None:
         """Add the time since the last call to the run's seconds."""
         now = time.perf_counter()
-        self.at.seconds += now - self.clock
+        self.position.seconds += now - self.clock
         self.clock = now
 
     def write(self, event: str, **fields: Any) -> None:
         """Log an event with the present position."""
-        where = {**self.task.log_fields(), "step": self.at.step, "lr": self.lr.current}
-        self.log.write(event, **where, **fields, seconds=round(self.at.seconds, 3))
+        where = {**self.task.log_fields(), "step": self.position.step, "lr": self.lr.current}
+        self.log.write(event, **where, **fields, seconds=round(self.position.seconds, 3))
 
     # ---- checkpoints
 
@@ -380,7 +380,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.lr.state_dict(),
                 "average": None if average is None else average.state_dict(),
-                "position": {**asdict(self.at), **asdict(self.task.position)},
+                "position": {**asdict(self.position), **asdict(self.task.position)},
                 "sums": torch.tensor(list(totals.values()), dtype=torch.float64),
                 "state": None if state is None else torch.cat(states),
                 "random": list(random),  # by rank
@@ -389,25 +389,25 @@ class Trainer:
             },
         )
 
-    def offer_best(self, score: float, model: nn.Module | None = None) -> bool:
+    def offer_best(self, score: float, model: nn.Module) -> bool:
         """Write best.pt if the score is the best so far; return whether it was written.
 
         Args:
             score: in the task's units.
-            model: the model that has reached it; None for the model in training.
+            model: the model that has reached it: the one in training, or an average of it.
         """
-        best = self.at.best_score
+        best = self.position.best_score
         if not (score > best if self.task.higher_is_better else score < best):
             return False
         contents = {
-            **self.task.describe(model or self.model),
+            **self.task.describe(model),
             "args": vars(self.args),
-            "scores": {**self.task.log_fields(), "step": self.at.step, self.task.score_name: score},
+            "scores": {**self.task.log_fields(), "step": self.position.step, self.task.score_name: score},
         }
         path = self.folder / "best.pt"
-        saved = self.processes.from_main(lambda: checkpoints.try_save_checkpoint(path, contents))
+        saved = self.processes.broadcast(lambda: checkpoints.try_save_checkpoint(path, contents))
         if saved:
-            self.at.best_score, self.at.best_step = score, self.at.step
+            self.position.best_score, self.position.best_step = score, self.position.step
         return saved
 
     def load_best(self, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -443,10 +443,10 @@ class Trainer:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             checkpoints.check_optimizer(self.optimizer)
-            for part in (self.at, self.task.position):
+            for part in (self.position, self.task.position):
                 for name in vars(part):
                     setattr(part, name, checkpoint["position"][name])
-            self.lr.load_state_dict(checkpoint["schedule"], self.at.step)
+            self.lr.load_state_dict(checkpoint["schedule"], self.position.step)
             if self.task.average is not None:
                 self.task.average.load_state_dict(checkpoint["average"])
             # The main process continues with the sums of all; the norms are the same for all.
@@ -454,8 +454,8 @@ class Trainer:
             self.sums[:-1] *= self.processes.is_main
             if self.task.state is not None:
                 self.task.state.copy_(checkpoint["state"][self.processes.share(self.args.batch_size)])
-            self.processes.restore_random_states(checkpoint["random"], self.args.seed, self.at.step)
-            self.task.load_state_dict(checkpoint["task"], self.at.step)
+            self.processes.restore_random_states(checkpoint["random"], self.args.seed, self.position.step)
+            self.task.load_state_dict(checkpoint["task"], self.position.step)
             pieces = checkpoint["args"].get("accumulate", 1)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if console.is_out_of_memory(error):
@@ -478,12 +478,12 @@ class Trainer:
         Raises:
             UserError: best.pt cannot be read, or is not this run's.
         """
-        self.at.best_score, self.at.best_step = self.worst_score, 0
+        self.position.best_score, self.position.best_step = self.worst_score, 0
         path = self.folder / "best.pt"
-        if not self.processes.from_main(path.exists):
+        if not self.processes.broadcast(path.exists):
             return
-        scores = self.processes.from_main(lambda: self.load_best()["scores"])
-        self.at.best_score, self.at.best_step = scores[self.task.score_name], scores["step"]
+        scores = self.processes.broadcast(lambda: self.load_best()["scores"])
+        self.position.best_score, self.position.best_step = scores[self.task.score_name], scores["step"]
 
 
 # ---- the main program
@@ -537,7 +537,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
     if args.resume is None:
         facts = {**processes.facts, "parameters": parameters, **trainer.task.facts()}
         record = runs.record_of(script.name, args, argv, **facts)
-        folder = processes.from_main(
+        folder = processes.broadcast(
             lambda: runs.create_run_folder(args.runs_folder, args.name, script.name, record)
         )
     else:
@@ -552,7 +552,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
             finished = trainer.train(folder)
         except BaseException:
             # Any exception, KeyboardInterrupt included.
-            begun = trainer.at.step > trainer.at.interval_steps or (folder / "last.pt").exists()
+            begun = trainer.position.step > trainer.position.interval_steps or (folder / "last.pt").exists()
             if args.resume is None and processes.is_main and not begun:
                 runs.discard_run_folder(folder)
             raise
@@ -560,7 +560,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
             trainer.task.finish(trainer, "test")
             return 0
         why = trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
-        say(f"stopped by {why} at step {trainer.at.step:,}")
+        say(f"stopped by {why} at step {trainer.position.step:,}")
         trainer.task.stopped(trainer)
         launcher = processes.launcher
         say(f"To resume: {console.command(script.name, '--resume', folder, launcher=launcher)}")
@@ -571,11 +571,11 @@ def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
     """Restore a run from its last.pt and record it in args.json and log.jsonl."""
     args, processes, folder = trainer.args, trainer.processes, trainer.folder
     where = trainer.device if processes.alone else "cpu"
-    checkpoint = processes.from_main(lambda: checkpoints.load_last(folder, where))
+    checkpoint = processes.broadcast(lambda: checkpoints.load_last(folder, where))
     if checkpoint is not None:  # else the run was killed before its first save: start again, same seed
         trainer.restore(checkpoint)
     trainer.restore_best()
-    step = trainer.at.step
+    step = trainer.position.step
     if processes.is_main:
         # args.json of a finished run keeps its arguments: its --epochs may be larger than the present one.
         runs.note_resume(folder, None if trainer.task.finished(step) else args, argv, **processes.facts)
