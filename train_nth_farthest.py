@@ -221,13 +221,13 @@ class NthFarthest(trainer.Task):
     def span_is_over(self, step: int) -> bool:
         return self.finished(step)
 
-    def next_batch(self) -> tuple[tuple[Tensor, ...], int, float]:
+    def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
         args, stage = self.args, self.position.stage
         shown = self.stages[stage] if stage + 1 < len(self.stages) else None  # None: the full task
         inputs, targets = make_batch(
             args.batch_size, args.num_vectors, args.num_dims, self.generator, self.device, shown
         )
-        return (inputs[self.mine], targets[self.mine]), args.batch_size, 1.0
+        return (inputs[self.mine], targets[self.mine]), args.batch_size
 
     def losses(
         self, model: NthFarthestModel, state: Tensor | None, *inputs: Tensor

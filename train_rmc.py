@@ -29,16 +29,6 @@ RECIPES = {
     },
     # 10,753,158 parameters.
     "wikitext2": {**language_flags.WIKITEXT2, "emsize": 184, "headsize": 176, "lr": 0.002},
-    # 10,665,278 parameters.
-    "wikitext2-regularised": {
-        **language_flags.WIKITEXT2_REGULARISED,
-        "emsize": 256,
-        "headsize": 120,
-        "attmlplayers": 2,
-        "dropout_candidate": 0.1,
-        # A tenth of the LSTM's: the output here is not limited to the range of a tanh.
-        "ar": 0.2,
-    },
 }
 
 

@@ -36,17 +36,6 @@ RECIPES = {
         "cudnn": True,
         "lr": 0.004,
     },
-    # 10,609,998 parameters.
-    "wikitext2-regularised": {
-        **language_flags.WIKITEXT2_REGULARISED,
-        "emsize": 280,
-        "nhid": 280,
-        "nlayers": 2,
-        "tied": True,
-        "cudnn": True,
-        "dropout_hidden": 0.25,
-        "ar": 2.0,
-    },
 }
 
 

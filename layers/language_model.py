@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layers.regularisation import activation_penalty, drop_words, dropout
+from layers.regularisation import drop_words, dropout
 from layers.softmax import AdaptiveSoftmax, FullSoftmax
 
 
@@ -81,11 +81,6 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inputs of the output layer (T, B, E) and the next state; tokens are (B, T)."""
-        _, hidden, state = self._run(tokens, state)
-        return hidden, state
-
-    def _run(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the features (T, B, F), the inputs of the output layer (T, B, E) and the next state."""
         words = tokens.t()
         embedded = drop_words(
             self.embedding(words), words, self.vocab_size, self.dropout_words, self.training
@@ -93,30 +88,22 @@ class LanguageModel(nn.Module):
         embedded = dropout(embedded, self.dropout_input, self.training, self.locked_dropout)
         features, state = self.recur(embedded, state)
         hidden = self.projection(features)
-        return features, dropout(hidden, self.dropout_output, self.training, self.locked_dropout), state
+        return dropout(hidden, self.dropout_output, self.training, self.locked_dropout), state
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor, state: Tensor, penalties: tuple[float, float] | None = None
-    ) -> tuple[Tensor, ...]:
+    def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Score a window.
 
         Args:
             tokens: word ids, (B, T).
             targets: the next word of each token, (B, T); ids below 0 are not scored.
             state: the state before the window, (B, ...); it is not detached.
-            penalties: the factors of AR and TAR (see regularisation.py), for training.
 
         Returns:
             nats: sum of -log p(target) over the scored targets, (1,), which replicas can gather.
             state: the state after the window, (B, ...).
-            penalty: only with `penalties`: AR + TAR of the window, (1,). Add it to the nats that are
-                minimised, not to those that are reported.
         """
-        features, hidden, state = self._run(tokens, state)
-        nats = self.output_layer(hidden.flatten(0, 1), targets.t().flatten()).reshape(1)
-        if penalties is None:
-            return nats, state
-        return nats, state, activation_penalty(hidden, features, *penalties).reshape(1)
+        hidden, state = self.hidden(tokens, state)
+        return self.output_layer(hidden.flatten(0, 1), targets.t().flatten()).reshape(1), state
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean nats per scored target, a scalar, and the next state; shapes as in forward."""

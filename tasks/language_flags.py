@@ -33,10 +33,7 @@ def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
            "vocabulary sizes at which adaptive softmax starts a new cluster, increasing (default: chosen to "
            "fit the vocabulary)", nargs="+")
     training = parser.add_argument_group("training")
-    option(training, "--lr", flags.positive_float, 0.001, "X", "highest learning rate of Adam")
-    option(training, "--embedding-lr", flags.positive_float, None, "X",
-           "highest learning rate of the embedding's matrix, and of the softmax if tied; it follows the same "
-           "schedule (default: --lr)")
+    option(training, "--lr", flags.positive_float, 0.001, "X", "peak learning rate of Adam")
     option(training, "--schedule", None, "plateau", None,
            f"plateau: halve the learning rate after more than {PATIENCE} epochs without a better validation "
            "loss; cosine: lower it step by step, to 0 at the end of the last epoch",
@@ -44,39 +41,24 @@ def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
     option(training, "--warmup", flags.non_negative_int, 0, "STEPS",
            "steps in which the learning rate grows from 0")
     option(training, "--clip", flags.non_negative_float, 0.1, "NORM",
-           "largest L2 norm of the gradient; 0 = no clipping")
+           "clip the gradient to this L2 norm; 0 = no clipping")
     option(training, "--weight-decay", flags.non_negative_float, 0.0, "X",
            "decoupled weight decay of the matrices (AdamW, arXiv:1711.05101): each step subtracts learning "
            "rate x this x weight")
-    option(training, "--ar", flags.non_negative_float, 0.0, "X",
-           "activation regularisation: adds this times the mean square of the output after dropout to the "
-           "loss that is minimised (arXiv:1708.01009)")
-    option(training, "--tar", flags.non_negative_float, 0.0, "X",
-           "temporal activation regularisation (same paper): the same for differences between successive "
-           "outputs of the recurrent part")
     option(training, "--average", None, "none", None,
-           "also average the weights; evaluate the average too, and save it if it is better. ema: "
-           "exponential moving average; nt-asgd: plain mean, started when validation stops improving "
-           "(arXiv:1708.02182, here with Adam)", choices=("none", "ema", "nt-asgd"))
+           "ema: also keep an exponential moving average of the weights, evaluate it too, and save it as "
+           "best.pt where it is better", choices=("none", "ema"))
     option(training, "--average-decay", flags.fraction, 0.999, "X",
            "ema: decay of the moving average per step")
-    option(training, "--average-trigger", flags.positive_int, 5, "EPOCHS",
-           "nt-asgd: start averaging when the validation loss is above the best one from more than this many "
-           "epochs ago")
     option(training, "--epochs", flags.positive_int, 100, "N",
            "passes over the training text; can be changed with --resume")
     option(training, "--batch-size", flags.positive_int, 64, "N",
-           "columns that the training text is divided into, read side by side")
+           "number of parallel streams that the training text is split into")
     option(training, "--bptt", flags.positive_int, 100, "TOKENS",
-           "tokens of a column in one step, through which gradients flow back")
-    option(training, "--random-bptt", flags.non_negative_float, None, "DEVIATION",
-           "windows of random length: normally distributed around --bptt, one in twenty around half of it, "
-           "with this standard deviation (5 if no value is given); the learning rate is scaled by the length "
-           "(arXiv:1708.02182). Only windows of exactly --bptt tokens run as CUDA graphs",
-           nargs="?", const=5.0)
+           "length of truncated backpropagation, in tokens")
     option(training, "--eval-batch-size", flags.positive_int, 32, "N",
-           "columns in evaluation; 1 scores a split as one stream; without this flag, --evaluate uses the "
-           "run's value")
+           "number of parallel streams in evaluation; fewer lose less context; without this flag, --evaluate "
+           "uses the run's value")
     option(training, "--evaluate", None, None, "CHECKPOINT_OR_RUN",
            "only score a checkpoint, or the best model of a run folder, on valid and test; another text "
            "requires --data and a run with --vocab-from train")
@@ -105,7 +87,8 @@ def add_dropout_flags(
         "--locked-dropout", action=argparse.BooleanOptionalAction, default=False,
         help="one mask for all steps of a window in the places above (variational dropout, arXiv:1512.05287)")
     probability("--dropout-words", 0.0,
-                "probability of dropping a word of the vocabulary from a whole window's input (same paper)")
+                "probability of dropping a word of the vocabulary from a whole window's input "
+                "(arXiv:1512.05287)")
     probability("--dropout-weights", 0.0,
                 f"weight drop of {recurrent_matrices}, one mask per window (arXiv:1708.02182)")
     probability("--dropout-candidate", 0.0,
@@ -160,26 +143,4 @@ WIKITEXT2 = {
     "average": "ema",
     "average_decay": 0.999,
     "epochs": 7,
-}
-
-# For long runs: all parts of the AWD-LSTM but windows of random length. Adam, a cosine and a moving average
-# replace SGD and NT-ASGD. Dropout of input and weights is lower, because the models are a third of its size.
-# Chosen by hand, not measured.
-WIKITEXT2_REGULARISED = {
-    "locked_dropout": True,
-    "dropout_input": 0.4,
-    "dropout_output": 0.4,
-    "dropout_words": 0.1,
-    "dropout_weights": 0.4,
-    "tar": 1.0,
-    "weight_decay": 0.03,
-    "lr": 0.002,
-    "schedule": "cosine",
-    "warmup": 500,
-    "clip": 0.25,
-    "batch_size": 40,
-    "bptt": 70,
-    "epochs": 100,
-    "average": "ema",
-    "average_decay": 0.9995,
 }

@@ -7,7 +7,6 @@ token (natural logarithm), averaged over tokens; perplexity is e to that power.
 from __future__ import annotations
 
 import argparse
-import bisect
 import contextlib
 import functools
 import math
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
 from layers.language_model import LanguageModel, perplexity
-from layers.regularisation import WeightAverage, parameter_groups, window_stops
+from layers.regularisation import WeightAverage, parameter_groups
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 from tasks.language_flags import choose_softmax
@@ -133,7 +132,7 @@ class Reading:
     """Where a run stands in its text."""
 
     epoch: int = 1  # the present one, from 1
-    place: int = 0  # places of the columns that this epoch has trained on
+    offset: int = 0  # tokens of each column that this epoch has trained on
     epoch_nats: float = 0.0  # summed losses of this epoch, up to the last report
     epoch_tokens: int = 0  # targets of this epoch, up to the last report
 
@@ -171,14 +170,11 @@ class LanguageModelling(Task):
         self.full_count = args.batch_size * args.bptt
         self.can_be_captured = not args.adaptivesoftmax  # which makes the host wait for the GPU
         self.state = model.initial_state(self.examples)  # stays in place, as a captured step requires
-        self.position, self.stops = Reading(), self.window_stops(1)
-        if args.average != "none":
-            decay = args.average_decay if args.average == "ema" else None
-            self.average = WeightAverage(model, decay, args.average_trigger)
-        self.penalties = {"penalties": (args.ar, args.tar)} if args.ar or args.tar else {}
-        self.total_steps = args.epochs * len(self.window_stops(1))
-        if args.random_bptt is not None and args.schedule == "cosine":
-            self.total_steps = sum(len(self.window_stops(1 + epoch)) for epoch in range(args.epochs))
+        self.position = Reading()
+        if args.average == "ema":
+            self.average = WeightAverage(model, args.average_decay)
+        self.epoch_steps = math.ceil(self.columns.length / args.bptt)
+        self.total_steps = args.epochs * self.epoch_steps
         self.fingerprint = corpus.fingerprint()
         processes.check_same("the text", self.fingerprint)
         self.warn_of_short_epochs()
@@ -204,43 +200,34 @@ class LanguageModelling(Task):
 
     # -- batches
 
-    def window_stops(self, epoch: int) -> list[int]:
-        """Return where the windows of an epoch end."""
-        args = self.args
-        return window_stops(self.columns.length, args.bptt, args.random_bptt, args.seed, epoch)
-
     def finished(self, step: int) -> bool:
         return self.position.epoch > self.args.epochs
 
     def span(self, step: int) -> tuple[str, int, int]:
-        if self.position.place == 0:
+        if self.position.offset == 0:
             self.state.copy_(self.model.initial_state(self.examples))
-        self.stops = self.window_stops(self.position.epoch)
-        done = bisect.bisect_right(self.stops, self.position.place)
-        return f"epoch {self.position.epoch}", len(self.stops), done
+        return f"epoch {self.position.epoch}", self.epoch_steps, self.position.offset // self.args.bptt
 
     def span_is_over(self, step: int) -> bool:
-        return self.position.place >= self.columns.length
+        return self.position.offset >= self.columns.length
 
-    def next_batch(self) -> tuple[tuple[Tensor, ...], int, float]:
-        start = self.position.place
-        stop = self.stops[bisect.bisect_right(self.stops, start)]
+    def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
+        start = self.position.offset
+        stop = self.position.offset = min(start + self.args.bptt, self.columns.length)
         tokens, targets = self.columns.window(start, stop)
-        self.position.place = stop
         count = self.targets_before(stop) - self.targets_before(start)
-        scale = 1.0 if self.args.random_bptt is None else (stop - start) / self.args.bptt
-        return (tokens[self.mine], targets[self.mine]), count, scale
+        return (tokens[self.mine], targets[self.mine]), count
 
-    def targets_before(self, place: int) -> int:
-        """Return the number of targets before a place of the columns, without reading the tensors."""
-        return min(place * self.args.batch_size, self.columns.num_pairs)
+    def targets_before(self, offset: int) -> int:
+        """Return the number of targets before an offset of the columns, without reading the tensors."""
+        return min(offset * self.args.batch_size, self.columns.num_pairs)
 
     def losses(
         self, model: LanguageModel, state: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        nats, after, *penalty = model(*inputs, state, **self.penalties)
+        nats, after = model(*inputs, state)
         total = nats.sum()  # one number per replica
-        return total + penalty[0].sum() if penalty else total, total.reshape(1), after
+        return total, total.reshape(1), after
 
     # -- reports and scores
 
@@ -276,7 +263,7 @@ class LanguageModelling(Task):
         if perplexity(loss) == math.inf:
             trainer.diverged(f"validation loss is {loss:.4g} nats per token")
         best, best_model, averaged = loss, self.model, {}
-        if self.average is not None and self.average.steps:
+        if self.average is not None:
             average_loss = self.evaluate(trainer, "valid", self.average.model, trainer.interrupts)
             averaged = {"average_loss": average_loss, "average_ppl": perplexity(average_loss)}
             if average_loss < loss:
@@ -286,8 +273,6 @@ class LanguageModelling(Task):
         trainer.update_clock()
         trainer.write("valid", loss=loss, ppl=perplexity(loss), **averaged, **train)
         trainer.lr.end_epoch(loss)
-        if self.average is not None:
-            self.average.watch(loss)
         mark = " (best)" if trainer.offer_best(best, best_model) else ""
         line = f"valid {loss_text(loss)}{mark if best_model is self.model else ''}"
         if averaged:
@@ -295,7 +280,7 @@ class LanguageModelling(Task):
         seconds = trainer.position.seconds
         say(f"epoch {here.epoch}: train ppl {train['train_ppl']:.2f} | {line} | {seconds:.0f} s")
         here.epoch += 1
-        here.place = here.epoch_tokens = 0
+        here.offset = here.epoch_tokens = 0
         here.epoch_nats = 0.0
 
     def evaluate(
@@ -327,13 +312,11 @@ class LanguageModelling(Task):
             say("no epoch is finished, so there is no best model to test yet")
 
     def lower_advice(self) -> str:
-        args = self.args
-        own = "" if args.embedding_lr is None else f", --embedding-lr {args.embedding_lr:g}"
-        return f"a lower --lr (it was {args.lr:g}{own}) or a lower --clip"
+        return f"a lower --lr (it was {self.args.lr:g}) or a lower --clip"
 
     def warn_of_short_epochs(self) -> None:
         """Warn if batch and window are so large for the text that an epoch has few steps."""
-        args, steps, targets = self.args, len(self.window_stops(1)), self.columns.num_pairs
+        args, steps, targets = self.args, self.epoch_steps, self.columns.num_pairs
         if steps >= FEW_STEPS:
             return
         fitting = (targets - 1) // ((FEW_STEPS - 1) * args.bptt)
@@ -416,7 +399,7 @@ def script(
         tokens = args.batch_size * args.bptt // processes.world_size
         args.threads = choose_threads(args.threads, model, tokens, device)
         task = LanguageModelling(model, corpus, args, kind, device, processes)
-        return Trainer(task, args, device, processes, *optimizer_of(model, args))
+        return Trainer(task, args, device, processes, optimizer_of(model, args))
 
     return Script(
         name, parser, build, functools.partial(score, parser), recipes, frozenset({"epochs", "data"})
@@ -429,19 +412,11 @@ def choose_threads(requested: int, model: LanguageModel, tokens: int, device: to
     return devices.choose_threads(requested, work, device, distributed.processes_on_this_host())
 
 
-def optimizer_of(
-    model: LanguageModel, args: argparse.Namespace
-) -> tuple[Callable[..., torch.optim.Optimizer], list[float]]:
-    """Return the optimiser's constructor, and the factors on the learning rate of its groups."""
-    adam = torch.optim.AdamW if args.weight_decay else torch.optim.Adam
-    apart = () if args.embedding_lr is None else (model.embedding.weight,)
-    if not (args.weight_decay or apart):
-        return functools.partial(adam, model.parameters()), [1.0]
-    groups = parameter_groups(model, args.weight_decay, apart)
-    factors = [1.0] * len(groups)
-    if apart:
-        factors[-1] = args.embedding_lr / args.lr
-    return functools.partial(adam, groups), factors
+def optimizer_of(model: LanguageModel, args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]:
+    """Return the optimiser's constructor."""
+    if args.weight_decay:
+        return functools.partial(torch.optim.AdamW, parameter_groups(model, args.weight_decay))
+    return functools.partial(torch.optim.Adam, model.parameters())
 
 
 def saved_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

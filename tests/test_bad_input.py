@@ -260,12 +260,12 @@ def test_args_json_of_another_version_is_accepted(answer, tmp_path, trained):
     copy = tmp_path / "run"
     shutil.copytree(trained["train_rnn"], copy)
     record = json.loads((copy / "args.json").read_text())
-    del record["arguments"]["average_trigger"]
+    del record["arguments"]["average_decay"]
     record["arguments"]["state_lengths"] = None
     (copy / "args.json").write_text(json.dumps(record))
     assert answer("train_rnn", "--resume", copy, "--epochs", "2").status == 0
     found = json.loads((copy / "args.json").read_text())["arguments"]
-    assert found["average_trigger"] == 5 and found["epochs"] == 2
+    assert found["average_decay"] == 0.999 and found["epochs"] == 2
     # Nothing is left to train: the longer run can still be resumed to its own end.
     assert answer("train_rnn", "--resume", copy, "--epochs", "1").status == 0
     assert json.loads((copy / "args.json").read_text())["arguments"]["epochs"] == 2

@@ -41,7 +41,7 @@ MODELS = {
 ADAPTIVE = "--adaptivesoftmax --cutoffs 8 17 27"  # no word of the last cluster is in the training text
 CASES = {
     "rmc": ("rmc", ""),
-    "rmc adaptive": ("rmc", f"{ADAPTIVE} --schedule cosine --warmup 3 --ar 2 --tar 1 --embedding-lr 0.001"),
+    "rmc adaptive": ("rmc", f"{ADAPTIVE} --schedule cosine --warmup 3"),
     "rnn": ("rnn", "--average ema --average-decay 0.9"),
 }
 NTH = "--num-vectors 3 --num-dims 2 --memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 24 "

@@ -225,8 +225,8 @@ KINDS = {
 }
 ALL = ["rmc", "cells", "cudnn"]
 NTH_ALL = ["nth rmc", "nth lstm"]
-MASKS = "--dropout 0.3 --locked-dropout --dropout-words 0.1 --dropout-weights 0.2 --ar 2 --tar 1"
-RATES = "--schedule cosine --warmup 5 --weight-decay 0.1 --embedding-lr 0.0005 --random-bptt 0"
+MASKS = "--dropout 0.3 --locked-dropout --dropout-words 0.1 --dropout-weights 0.2"
+RATES = "--schedule cosine --warmup 5 --weight-decay 0.1"
 AVERAGE = "--dropout 0.3 --average ema --average-decay 0.9"
 STAGES = "--curriculum-vectors 2 3 --curriculum-dims 2 1 --curriculum-accuracy 0.01"
 CASES = [(kind, flags) for kind in ALL for flags in ("", MASKS, RATES, "--bf16")]

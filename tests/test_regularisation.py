@@ -1,4 +1,4 @@
-"""Regularisation: one mask per window, kept expectations, unchanged evaluation, equal paths, averages."""
+"""Regularisation: one mask per window, kept expectations, unchanged evaluation, equal paths, the average."""
 
 import pytest
 import torch
@@ -203,71 +203,12 @@ def test_fused_layer_equals_loop_of_cells_with_everything_on(name, hidden, masks
     assert len(masks) == 2 * (3 + layers + (layers - 1) * (hidden > 0))
 
 
-# ---- penalties
+# ---- the average, weight decay
 
 
-def test_penalty_equals_a_loop():
-    torch.manual_seed(1)
-    dropped, raw = torch.randn(T, B, E).double(), torch.randn(T, B, 7).double()
-    squares = sum(x**2 for x in dropped.flatten().tolist()) / (T * B * E)
-    changes = [
-        (raw[t + 1, b, f] - raw[t, b, f]).item() ** 2
-        for t in range(T - 1)
-        for b in range(B)
-        for f in range(7)
-    ]
-    expected = 2 * squares + 3 * sum(changes) / len(changes)
-    found = regularisation.activation_penalty(dropped, raw, 2.0, 3.0) / (T * B)
-    assert found.item() == pytest.approx(expected, rel=1e-12)
-    assert regularisation.activation_penalty(dropped[:1], raw[:1], 0.0, 3.0) == 0  # a single step
-
-
-@NAMES
-def test_penalty_is_returned_beside_the_nats_and_adds_up_over_shards(name):
-    model = build(name)
-    given = window(model)
-    nats, after, penalty = model(*given, penalties=(2.0, 1.0))
-    torch.testing.assert_close((nats, after), model(*given), rtol=0, atol=0)
-    shards = (tuple(part[rows] for part in given) for rows in (slice(0, 2), slice(2, 3)))
-    torch.testing.assert_close(sum(model(*shard, penalties=(2.0, 1.0))[2] for shard in shards), penalty)
-    hidden, _ = model.hidden(given[0], given[2])
-    features, _ = model.recur(model.embedding(given[0].t()), given[2])
-    expected = regularisation.activation_penalty(hidden, features, 2.0, 1.0).reshape(1)
-    torch.testing.assert_close(penalty, expected, **EXACT)
-
-
-# ---- windows, averages, parameter groups
-
-
-def test_random_windows_have_the_stated_distribution():
-    stops = regularisation.window_stops(400_000, 100, 5.0, seed=3, epoch=1)
-    lengths = torch.tensor([b - a for a, b in zip([0, *stops], stops, strict=False)]).double()
-    assert stops[-1] == 400_000 == lengths.sum()
-    long = lengths[lengths > 75]
-    assert (len(lengths) - len(long)) / len(lengths) == pytest.approx(0.05, abs=0.011)
-    # int() cuts off half a token; the standard deviation of the mean of 4,000 lengths is 0.08.
-    assert long.mean().item() == pytest.approx(99.5, abs=0.3)
-    assert long.std().item() == pytest.approx(5, abs=0.3)
-    assert lengths[lengths <= 75][:-1].mean().item() == pytest.approx(49.5, abs=1.5)
-
-
-def test_windows_depend_on_seed_and_epoch_only_and_stay_in_bounds():
-    def stops(seed, epoch, length=1000):
-        return regularisation.window_stops(length, 20, 30.0, seed, epoch)
-
-    assert stops(1, 1) == stops(1, 1) != stops(1, 2) and stops(1, 1) != stops(2, 1)
-    lengths = [b - a for a, b in zip([0, *stops(1, 1)], stops(1, 1), strict=False)]
-    assert min(lengths[:-1]) == 5 and max(lengths) == 40 and stops(1, 1, length=3) == [3]
-    assert regularisation.window_stops(45, 20, None, 1, 1) == [20, 40, 45]
-    assert regularisation.window_stops(40, 20, None, 1, 1) == [20, 40]
-    assert regularisation.window_stops(9, 3, 0.0, 1, 1)[-1] == 9  # a bptt below the shortest window
-
-
-@pytest.mark.parametrize("decay", [0.75, None])
-def test_average_equals_a_loop_over_the_weights(decay):
+def test_average_equals_a_loop_over_the_weights():
     model = nn.Linear(3, 2).double()
-    average = regularisation.WeightAverage(model, decay)
-    average.started = True
+    average = regularisation.WeightAverage(model, 0.75)
     torch.manual_seed(1)
     expected = None
     for step in range(1, 12):
@@ -276,8 +217,8 @@ def test_average_equals_a_loop_over_the_weights(decay):
                 weight.add_(torch.randn_like(weight))
         average.update(model)
         weights = [weight.detach().clone() for weight in model.parameters()]
-        share = 1 / step if decay is None else max(0.25, 1 / step)
         expected = expected or weights
+        share = max(0.25, 1 / step)
         expected = [old + share * (new - old) for old, new in zip(expected, weights, strict=True)]
     torch.testing.assert_close(list(average.model.parameters()), expected, **EXACT)
     assert not any(weight.requires_grad for weight in average.model.parameters())
@@ -293,26 +234,10 @@ def test_averaged_copy_is_tied_in_eval_mode_and_flattened(monkeypatch):
     assert copy.output_layer.weight is copy.embedding.weight is not model.embedding.weight
 
 
-def test_plain_mean_starts_when_validation_stalls():
-    """Merity et al. 2018, algorithm 1: the loss is above the best of all but the last n."""
-    model = nn.Linear(3, 2)
-    average = regularisation.WeightAverage(model, None, patience=2)
-    for loss, started in [(5, False), (4, False), (4.5, False), (4.6, False), (4.2, True), (3, True)]:
-        average.update(model)
-        average.watch(loss)
-        assert average.started == started, loss
-    average.update(model)
-    assert average.steps == 2  # after 4.2 and after 3
-    again = regularisation.WeightAverage(model, None, patience=2)
-    again.load_state_dict(average.state_dict())
-    assert (again.started, again.steps, again.losses) == (True, 2, average.losses)
-
-
 def test_matrices_decay_and_vectors_do_not():
     model = build("rmc")
-    groups = regularisation.parameter_groups(model, 0.1, apart=[model.embedding.weight])
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1]
-    held = [id(p) for group in groups for p in group["params"]]
+    matrices, vectors = regularisation.parameter_groups(model, 0.1)
+    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
+    held = [id(p) for group in (matrices, vectors) for p in group["params"]]
     assert sorted(held) == sorted(map(id, model.parameters()))
-    assert all(p.dim() == 2 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
-    assert groups[2]["params"] == [model.embedding.weight]
+    assert all(p.dim() == 2 for p in matrices["params"]) and all(p.dim() == 1 for p in vectors["params"])

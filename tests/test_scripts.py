@@ -19,7 +19,6 @@ from same_runs import after_step, assert_same_checkpoint, assert_same_run, numbe
 
 import train_rmc
 import train_rnn
-from layers import regularisation
 from tasks import language_modelling
 from tasks.language_flags import choose_softmax
 
@@ -85,8 +84,8 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
 # ---- interrupts and resume
 
 EVERYTHING = (
-    "--locked-dropout --dropout 0.3 --dropout-words 0.2 --dropout-weights 0.3 --dropout-candidate 0.2 --ar 2 "
-    "--tar 1 --weight-decay 0.1 --random-bptt 3 --warmup 9 --embedding-lr 0.003"
+    "--locked-dropout --dropout 0.3 --dropout-words 0.2 --dropout-weights 0.3 --dropout-candidate 0.2 "
+    "--weight-decay 0.1 --warmup 9"
 )
 
 
@@ -94,32 +93,23 @@ EVERYTHING = (
     "script, more",
     [
         (train_rmc, "--average ema --average-decay 0.9 --schedule cosine"),
-        (train_rnn, "--average nt-asgd"),
+        (train_rnn, "--average ema"),
         (train_rnn, "--adaptivesoftmax --accumulate 2 --dropout-candidate 0 --cudnn"),
     ],
 )
 def test_resume_equals_uninterrupted(script, more, corpus_folder, tmp_path, monkeypatch):
-    """Bit for bit, with all regularisation: weights, optimiser, average, windows, rates, logged numbers."""
-
-    def start_at_once(average, loss):
-        average.started = True
-        average.losses.append(loss)
-
-    monkeypatch.setattr(regularisation.WeightAverage, "watch", start_at_once)
+    """Bit for bit, with all regularisation: weights, optimiser, average, rates, logged numbers."""
     argv = f"--epochs 2 {EVERYTHING} {more}".split()
     _, whole = run(script, corpus_folder, tmp_path / "whole", *argv)
     after_step(monkeypatch, 17)  # in the second epoch, between two log entries
     status, folder = run(script, corpus_folder, tmp_path / "parts", *argv)
     assert status == 130
     position = checkpoints.load_checkpoint(folder / "last.pt")["position"]
-    assert position["step"] == 17 and 0 < position["place"] < 170
+    assert position["step"] == 17 and 0 < position["offset"] < 170
     after_step(monkeypatch, 21)
     assert script.main(["--resume", str(folder)]) == 130
     assert script.main(["--resume", str(folder)]) == 0
     assert_same_run(whole, folder)
-    if "--average" in more:
-        average = checkpoints.load_checkpoint(folder / "last.pt")["average"]
-        assert average["started"] and average["steps"] > 0
 
 
 def test_resume_for_more_epochs(corpus_folder, tmp_path, capsys):
@@ -338,14 +328,12 @@ def test_flags_reach_the_model(script, line, expected):
 
 def test_flags_reach_the_training_loop(corpus_folder, tmp_path):
     """Those that tests/test_lm_training.py does not compare with a plain loop."""
-
-    line = "--batch-size 14 --bptt 200 --epochs 1 --eval-batch-size 4 --average nt-asgd --average-trigger 7"
+    line = "--batch-size 14 --bptt 200 --epochs 1 --eval-batch-size 4"
     parser = train_rnn.build_parser()
     args = parser.parse_args([*SIZES[train_rnn].split(), *line.split(), "--data", str(corpus_folder)])
     script = language_modelling.script("train_rnn", "rnn", parser, train_rnn.build_model, {})
     trainer = script.build(args, torch.device("cpu"), ALONE)
     trainer.train(tmp_path)
-    assert (trainer.task.average.decay, trainer.task.average.patience) == (None, 7)
     loss = runs.read_log(tmp_path / "log.jsonl")[-1]["loss"]
     for columns, equal in ((4, True), (5, False)):
         again = language_modelling.evaluate(trainer.model, trainer.task.corpus.valid, columns, 9, "cpu")
@@ -387,24 +375,21 @@ def test_defaults_are_the_published_ones_and_help_names_every_flag(script):
 
 
 @SCRIPTS
-@pytest.mark.parametrize("name", ["wikitext2", "wikitext2-regularised"])
-def test_recipes_for_wikitext2_have_at_most_eleven_million_parameters(script, name):
-    recipe = script.RECIPES[name]
-    args = flags.parse(script.build_parser(), script.__name__, {"recipe": name}, script.RECIPES, frozenset())
+def test_recipe_for_wikitext2_has_at_most_eleven_million_parameters(script):
+    given = {"recipe": "wikitext2"}
+    args = flags.parse(script.build_parser(), script.__name__, given, script.RECIPES, frozenset())
     with torch.device("meta"):
         model = script.build_model(args, 33278, None)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert 10_500_000 < count <= 11_000_000
     assert f"{count:,} parameters" in Path(script.__file__).read_text(encoding="utf-8")
     assert model.output_layer.weight is model.embedding.weight
-    assert model.locked_dropout == recipe.get("locked_dropout", False)
-    dropped = (0.3, 0.0, 0.0) if name == "wikitext2" else (0.4, 0.1, 0.4)
-    assert (model.dropout_input, model.dropout_words, model.dropout_weights) == dropped
+    assert model.dropout_input == model.dropout_output == 0.3
 
 
 @SCRIPTS
 def test_the_flags_that_a_recipe_prints_have_its_effect_when_they_are_typed(script, capsys):
-    for name in ("tiny", "wikitext2", "wikitext2-regularised"):
+    for name in ("tiny", "wikitext2"):
         parser = script.build_parser()
         by_recipe = flags.parse(parser, script.__name__, {"recipe": name}, script.RECIPES, frozenset())
         printed = capsys.readouterr().out.removeprefix(f"recipe {name}: ")
@@ -434,21 +419,21 @@ def test_flags_on_the_command_line_override_a_recipe(script, finished, tmp_path,
 
 
 def test_a_resumed_run_keeps_the_flags_of_its_recipe(finished, tmp_path, capsys, monkeypatch):
-    argv = ["--recipe", "wikitext2-regularised", "--data", str(finished / "corpus"), "--emsize", "6"]
+    argv = ["--recipe", "tiny", "--data", str(finished / "corpus"), "--emsize", "6"]
     argv += ["--nhid", "6", "--bptt", "8", "--warmup", "1", "--runs-folder", str(tmp_path), "--name", "r"]
     argv += ["--epochs"]
     assert train_rnn.main([*argv, "1"]) == 0
     folder = str(tmp_path / "r")
     capsys.readouterr()
-    again = ["--resume", folder, "--recipe", "wikitext2-regularised", "--epochs", "2"]
+    again = ["--resume", folder, "--recipe", "tiny", "--epochs", "2"]
     assert train_rnn.main(again) == 0
     output, warned = capsys.readouterr()
-    assert "recipe wikitext2-regularised:" not in output and "the learning rate jumps" in warned
+    assert "recipe tiny:" not in output and "the learning rate jumps" in warned
     args = checkpoints.load_checkpoint(tmp_path / "r" / "last.pt")["args"]
-    assert args["dropout_input"] == 0.4 and args["emsize"] == 6 and args["epochs"] == 2
+    assert args["dropout"] == 0.1 and args["emsize"] == 6 and args["epochs"] == 2
     # torchrun restarts a run with the command line that began it.
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert train_rnn.main([*argv, "2"]) == 0
     assert "nothing to train" in capsys.readouterr().out
     with pytest.raises(UserError, match="--recipe cannot change"):
-        train_rnn.main(["--resume", folder, "--recipe", "tiny"])
+        train_rnn.main(["--resume", folder, "--recipe", "wikitext2"])

@@ -28,8 +28,12 @@ NTH_FARTHEST = "train_nth_farthest"
 NOT_SETTINGS = (
     "seed", "name", "recipe", "resume", "evaluate", "state_lengths", "cuda", "threads", "log_interval",
     "save_every", "runs_folder", "no_cuda_graph", "collective_timeout", "stop_after",
-    "total_units",  # a former flag, never used in a stored run
 )  # fmt: skip
+# Values of former flags that change nothing: a run that has them equals one that lacks them.
+FORMER = {
+    "ar": 0.0, "tar": 0.0, "average_trigger": 5, "random_bptt": None, "embedding_lr": None,
+    "total_units": None,
+}  # fmt: skip
 
 
 @dataclass
@@ -76,7 +80,8 @@ class Run:
         Args:
             defaults: the script's current defaults, for flags that are newer than the run.
         """
-        arguments = {k: v for k, v in {**defaults, **self.arguments}.items() if k not in NOT_SETTINGS}
+        arguments = {**FORMER, **defaults, **self.arguments}
+        arguments = {k: v for k, v in arguments.items() if k not in NOT_SETTINGS}
         # Each process, GPU and piece of an accumulated batch draws its own dropout masks.
         copies = (self.record.get("processes", 1), len(self.gpus))
         return json.dumps([self.script, arguments, copies], sort_keys=True)

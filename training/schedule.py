@@ -1,4 +1,4 @@
-"""The learning rate: warm-up, constant, cosine or plateau schedule, and factors of parameter groups."""
+"""The learning rate: warm-up, then a constant, cosine or plateau schedule."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class LearningRate:
         warmup: steps in which it grows linearly from 0.
         total_steps: length of the run, for the cosine.
         optimizer: its groups' learning rates are set.
-        factors: what each group's learning rate is multiplied by.
-        device: on a CUDA device the learning rates are tensors that stay in place, because a captured step
-            reads them at each replay.
+        device: on a CUDA device the learning rate is a tensor that stays in place, because a captured step
+            reads it at each replay.
 
     Except for the plateau, the learning rate depends on the step only.
     """
@@ -37,13 +36,11 @@ class LearningRate:
         warmup: int,
         total_steps: int,
         optimizer: torch.optim.Optimizer,
-        factors: list[float],
         device: torch.device,
     ) -> None:
         self.lr, self.schedule, self.warmup, self.total_steps = lr, schedule, warmup, total_steps
-        self.optimizer, self.factors = optimizer, factors
-        on_gpu = device.type == "cuda"
-        self.tensors = [torch.tensor(lr, device=device) for _ in factors] if on_gpu else None
+        self.optimizer = optimizer
+        self.tensor = torch.tensor(lr, device=device) if device.type == "cuda" else None
         self.plateau_factor, self.best_loss, self.bad_epochs = 1.0, math.inf, 0
         self.current = self.rate_at(1)
         if warmup >= total_steps:
@@ -63,12 +60,12 @@ class LearningRate:
         progress = (step - peak) / max(1, self.total_steps + 1 - peak)  # 1 at the step after the last one
         return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def set(self, step: int, scale: float = 1.0) -> None:
-        """Set the optimiser's learning rate for a step; `scale` applies to this step alone."""
+    def set(self, step: int) -> None:
+        """Set the optimiser's learning rate for a step."""
         self.current = self.rate_at(step)
-        for index, group in enumerate(self.optimizer.param_groups):
-            lr = self.current * scale * self.factors[index]
-            group["lr"] = lr if self.tensors is None else self.tensors[index].fill_(lr)
+        lr = self.current if self.tensor is None else self.tensor.fill_(self.current)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def end_epoch(self, valid_loss: float) -> None:
         """Halve the plateau's learning rate after more than PATIENCE epochs without a lower loss."""
@@ -94,5 +91,5 @@ class LearningRate:
         if self.schedule == "cosine" and state["total_steps"] != self.total_steps:
             warn("the length of the run has changed: the learning rate jumps to the new cosine")
         for group in self.optimizer.param_groups:  # the run may have been on another kind of device
-            group["capturable"] = self.tensors is not None
+            group["capturable"] = self.tensor is not None
         self.set(max(step, 1))

@@ -102,9 +102,8 @@ class Task:
         """Return whether the progress bar's steps are done; a report and `end_span` follow."""
         raise NotImplementedError
 
-    def next_batch(self) -> tuple[tuple[Tensor, ...], int, float]:
-        """Return this process's inputs (examples, ...), the whole batch's number of targets, and a factor on
-        the learning rate of this step."""
+    def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
+        """Return this process's inputs (examples, ...) and the whole batch's number of targets."""
         raise NotImplementedError
 
     def losses(
@@ -155,7 +154,6 @@ class Trainer:
             pieces. Each loss is divided by the number of targets of the whole batch, so that the gradients
             of all processes and pieces add up to that of the mean.
         optimizer: makes the optimiser from the keyword arguments lr, fused and capturable.
-        lr_factors: factors on the learning rate of the optimiser's groups.
     """
 
     def __init__(
@@ -165,7 +163,6 @@ class Trainer:
         device: torch.device,
         processes: Processes,
         optimizer: Callable[..., torch.optim.Optimizer],
-        lr_factors: Sequence[float] = (1.0,),
     ) -> None:
         self.task, self.args, self.device, self.processes = task, args, device, processes
         self.model = task.model
@@ -177,9 +174,7 @@ class Trainer:
         self.replicas = devices.wrap_data_parallel(self.model, device, rows) if alone else self.model
         self.gradients = None if alone and len(self.pieces) == 1 else FlatGradients(self.model.parameters())
         self.optimizer = optimizer(lr=args.lr, fused=True, capturable=device.type == "cuda")
-        self.lr = LearningRate(
-            args.lr, args.schedule, args.warmup, task.total_steps, self.optimizer, list(lr_factors), device
-        )
+        self.lr = LearningRate(args.lr, args.schedule, args.warmup, task.total_steps, self.optimizer, device)
         # Sums since the last report, the last one of gradient norms. They stay on the device: reading them
         # makes the host wait for the GPU.
         self.sums = torch.zeros(len(task.sums) + 1, dtype=torch.float64, device=device)
@@ -208,8 +203,8 @@ class Trainer:
 
     def step(self) -> None:
         """Take one optimiser step on the next batch."""
-        inputs, self.count, scale = self.task.next_batch()
-        self.lr.set(self.position.step + 1, scale)
+        inputs, self.count = self.task.next_batch()
+        self.lr.set(self.position.step + 1)
         first, *last = self.captured_parts if self.count == self.task.full_count else self.parts
         first(*inputs)
         for update in last:
