@@ -42,11 +42,11 @@ def run(script, tmp_path, *words, unfinished="nothing"):
 @pytest.mark.parametrize(
     ("script", "count"),
     [
-        ("wikitext2/run_gpu.sh", 88),
+        ("wikitext2/run_gpu.sh", 74),
         ("nth_farthest/run_gpu.sh", 4),
         ("nth_farthest/sweep.sh", 81),
-        ("recipe_cpu/run.sh", 28),
-        ("wikitext2_pair/run.sh", 55),
+        ("recipe_cpu/run.sh", 16),
+        ("wikitext2_pair/run.sh", 52),
     ],
 )
 def test_every_command_fits_its_script_and_finished_runs_are_skipped(script, count, tmp_path):
