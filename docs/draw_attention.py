@@ -1,7 +1,7 @@
-"""Draw attention and gates of a trained RMC language model into attention.png, beside this file.
+"""Draw attention and gates of a trained RMC language model.
 
 Example: python train_rmc.py --recipe tiny --epochs 2 --threads 1 --name attention
-         python docs/draw_attention.py runs/attention
+         python docs/draw_attention.py runs/attention --outf attention.png
 
 The model must have one memory slot and the words of data/tiny. Needs matplotlib.
 """
@@ -9,19 +9,17 @@ The model must have one memory slot and the words of data/tiny. Needs matplotlib
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["MPLBACKEND"] = "agg"  # not that of a notebook, which this Python may not have
+from training import checkpoints, console  # noqa: E402
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
-matplotlib.use("Agg")
-from training import checkpoints  # noqa: E402
-
-from matplotlib import pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from tasks import language_modelling  # noqa: E402
 
@@ -49,12 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", metavar="RUN", help="run folder of train_rmc.py, or a checkpoint")
+    parser.add_argument("--outf", default="attention.png", metavar="PNG", help="file to write")
     args = parser.parse_args(argv)
     checkpoint = checkpoints.load_checkpoint(language_modelling.find_checkpoint(args.run))
     model, vocabulary = language_modelling.load_model(checkpoint, torch.device("cpu"))
     words = STORY.split()
     rows = rows_of(model, vocabulary.encode(words))
-    figure, axes = plt.subplots(figsize=(11, 2.7), layout="constrained")
+    figure = Figure(figsize=(11, 2.7), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(torch.stack(list(rows.values())), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             axes.axvline(place + 0.5, color="white", linewidth=2)
     axes.axhline(len(rows) - 2.5, color="white", linewidth=2)
     figure.colorbar(image, ax=axes, pad=0.01)
-    figure.savefig(FOLDER / "attention.png", dpi=110)
+    figure.savefig(args.outf, format="png", dpi=110)
+    print(f"attention and gates: {args.outf}")
 
 
 if __name__ == "__main__":
-    main()
+    console.run_script(main)

@@ -98,7 +98,7 @@ def test_seeds_share_a_row_with_mean_and_deviation(tmp_path, capsys):
     untested = make_run(tmp_path / "untested", lr=0.3, test=None)
     rows = table(capsys, *folders, other, untested)
     assert len(rows) == 3
-    assert rows[0]["run"] == "run1, run2, run3" and rows[0]["seeds"] == "1 2 3"
+    assert rows[0]["run"] == "`run1`, `run2`, `run3`" and rows[0]["seeds"] == "1 2 3"
     assert rows[0]["test"] == f"{sum(tests) / 3:.2f} ± {statistics.stdev(tests):.2f}" == "21.17 ± 2.57"
     assert rows[0]["valid"] == "20.00 ± 0.00" and rows[0]["epochs"] == "3 (best 2)"
     assert rows[0]["minutes"] == "3.3 ± 0.0" and rows[0]["hardware"] == "Some CPU, 1 thread(s), torch 2.13.0"
@@ -109,8 +109,8 @@ def test_seeds_share_a_row_with_mean_and_deviation(tmp_path, capsys):
 def test_a_seed_counts_once_however_often_it_was_run(tmp_path, capsys):
     given = [("a", 1, None), ("b", 2, 20.0), ("c", 3, 24.0), ("d", 1, 19.0), ("e", 1, 99.0)]
     (row,) = table(capsys, *(make_run(tmp_path / name, seed, test) for name, seed, test in given))
-    assert row["run"] == "d, b, c" and row["test"] == f"21.00 ± {statistics.stdev([19, 20, 24]):.2f}"
-    assert row["seeds"] == "1 2 3; not counted: a (seed 1); not counted: e (seed 1)"
+    assert row["run"] == "`d`, `b`, `c`" and row["test"] == f"21.00 ± {statistics.stdev([19, 20, 24]):.2f}"
+    assert row["seeds"] == "1 2 3; not counted: `a` (seed 1); not counted: `e` (seed 1)"
 
 
 def test_validation_has_no_mean_over_runs_that_are_not_equally_far(tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_runs_that_draw_other_dropout_masks_have_their_own_row(tmp_path, capsys)
         make_run(tmp_path / "gpus", 4, gpus=["H100"] * 3),
         make_run(tmp_path / "same", 5, accumulate=1, processes=1),
     )
-    assert [row["run"] for row in rows] == ["one, same", "two", "pieces", "gpus"]
+    assert [row["run"] for row in rows] == ["`one`, `same`", "`two`", "`pieces`", "`gpus`"]
     assert rows[1]["command"].startswith("`torchrun --nproc-per-node=2 train_rmc.py --seed 2")
     assert rows[1]["hardware"] == "Some CPU, 1 thread(s), 2 processes, torch 2.13.0"
     assert rows[3]["hardware"] == "3 x H100, torch 2.13.0"
@@ -143,3 +143,8 @@ def test_the_command_is_the_one_that_ran_with_its_resumptions(tmp_path, capsys):
     assert row["command"] == f"{first}, then `python train_rmc.py --resume 'runs/a b' --epochs 3` (seed 4)"
     (row,) = table(capsys, two)
     assert row["command"] == "`python train_rmc.py --seed 5 --name 'a\\|b'`"
+
+
+def test_names_are_text_in_a_table(tmp_path, capsys):
+    (row,) = table(capsys, make_run(tmp_path / "_a|b``c*", 1))
+    assert row["run"] == "``` _a\\|b``c* ```"

@@ -15,9 +15,8 @@ Examples: python tools/compare_runs.py runs
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import math
+import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
@@ -29,20 +28,6 @@ from training import console, flags
 
 import run_files
 from run_files import Run
-
-
-@functools.cache
-def defaults(script: str) -> dict[str, Any]:
-    """Return the default arguments of a training script."""
-    return importlib.import_module(script).build_parser().defaults()
-
-
-def group(found: Sequence[Run]) -> list[list[Run]]:
-    """Group runs that differ only in their seed, in the order in which the first of each was given."""
-    groups: dict[str, list[Run]] = {}
-    for run in found:
-        groups.setdefault(run.settings(defaults(run.script)), []).append(run)
-    return list(groups.values())
 
 
 def one_per_seed(members: Sequence[Run]) -> list[Run]:
@@ -117,10 +102,17 @@ def command(run: Run) -> str:
         )
         for call in calls
     ]
-    return ", then ".join(f"`{line}`" for line in lines).replace("|", "\\|")
+    return ", then ".join(map(code, lines))
 
 
 # ---- tables
+
+
+def code(text: str) -> str:
+    """Return text as code in a cell of a Markdown table, in which no character of it is markup."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padded = f" {text} " if len(fence) > 1 else text
+    return f"{fence}{padded}{fence}".replace("|", "\\|").replace("\n", " ")
 
 
 def mean(values: Sequence[float | None], digits: int = 2) -> str:
@@ -159,10 +151,12 @@ def row(members: Sequence[Run], columns: dict[str, Callable[[Sequence[Run]], str
     counted = one_per_seed(members)
     repeated = [run for run in members if not any(run is other for other in counted)]
     seeds = " ".join(str(run.arguments.get("seed", "?")) for run in counted)
-    seeds += "".join(f"; not counted: {run.name} (seed {run.arguments.get('seed')})" for run in repeated)
+    seeds += "".join(
+        f"; not counted: {code(run.name)} (seed {run.arguments.get('seed')})" for run in repeated
+    )
     parameters = counted[0].record.get("parameters")
     return {
-        "run": ", ".join(run.name for run in counted),
+        "run": ", ".join(code(run.name) for run in counted),
         "model": counted[0].model,
         "parameters": f"{parameters:,}" if isinstance(parameters, int) else "-",
         **{name: cell(counted) for name, cell in columns.items()},
@@ -175,7 +169,7 @@ def row(members: Sequence[Run], columns: dict[str, Callable[[Sequence[Run]], str
 
 def markdown(found: Sequence[Run], columns: dict[str, Callable[[Sequence[Run]], str]]) -> str:
     """Return the table of the given runs."""
-    rows = [row(members, columns) for members in group(found)]
+    rows = [row(members, columns) for members in run_files.group(found)]
     cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(cells.values()) for cells in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 

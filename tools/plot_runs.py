@@ -1,15 +1,16 @@
 """Draw the curves of finished runs and of runs in progress into a PNG.
 
-Language models: perplexity in validation and training. Nth farthest: test accuracy and training loss, with
-lines for chance (1/K), for a model that only knows that the nearest vector is the reference itself (2/K) and,
-for the paper's task, for its RMC (91 %). Runs that differ only in their seed have the same colour.
+Language models: validation perplexity, of the averaged weights once they are better. Nth farthest: accuracy
+in the full task, with lines for chance (1/K), for the plateau (2/K: a model that only knows that the nearest
+vector is the reference itself) and, for the paper's task, for its RMC (91 %). Runs that differ only in their
+seed have the same colour.
 
 Paths are run folders, folders with runs, study files (STUDY.jsonl, made by tools/pack_runs.py), or STUDY/NAME
 for one run of a study file.
 
 Examples: python tools/plot_runs.py runs --outf curves.png
-          python tools/plot_runs.py "results/nth_farthest/small/runs/rmc-seed*"
-          python tools/plot_runs.py results/wikitext2_cpu --against tokens wall
+          python tools/plot_runs.py "results/nth_farthest/small/runs/rmc-seed*" --against wall
+          python tools/plot_runs.py runs/rmc runs/wide --training --labels "RMC" "RMC, 8 heads"
 """
 
 from __future__ import annotations
@@ -31,132 +32,130 @@ PAPER_ACCURACY = 0.91  # 8 vectors of 16 dimensions: arXiv:1806.01822, section 5
 # Name of a horizontal axis: the axis label, and the field of an event with the factor that gives its value.
 AXES = {
     "epochs": ("epochs", "epoch", 1.0),
-    "steps": ("steps", "step", 1.0),
-    "tokens": ("million training tokens", "epoch", None),
-    "wall": ("wall time (minutes)", "seconds", 1 / 60),
+    "steps": ("training steps", "step", 1.0),
+    "wall": ("training time (minutes)", "seconds", 1 / 60),
 }
 
 
-def import_pyplot() -> Any:
-    """Return matplotlib.pyplot, set to draw into files; UserError if it cannot be imported."""
-    os.environ.setdefault("MPLBACKEND", "Agg")  # training machines often have no screen
+def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Return a legend for each group of runs: the model if no other group has it, otherwise the first run."""
+    models = [members[0].model for members in groups]
+    labels = []
+    for members, model in zip(groups, models, strict=True):
+        seeds = len({run.arguments.get("seed") for run in members})
+        name = model if models.count(model) == 1 else members[0].name
+        labels.append(f"{name}, {seeds} seeds" if seeds > 1 else name)
+    return labels
+
+
+def points(run: Run, against: str, training: bool = False) -> tuple[list[float], list[float]]:
+    """Return the points of a curve, without events that lack one of the two numbers.
+
+    Args:
+        against: a key of AXES.
+        training: the training perplexity or accuracy in place of that in validation or test.
+    """
+    _, x, factor = AXES[against]
+    event, fields, scale = "valid", ["train_ppl"] if training else ["ppl", "average_ppl"], 1
+    if run.is_nth_farthest:
+        event, fields, scale = "train", ["accuracy"] if training else ["test_accuracy"], 100  # percent
+    found = []
+    for entry in run.events:
+        values = [scale * entry[field] for field in fields if entry.get(field) is not None]
+        if entry.get("event") == event and values and entry.get(x) is not None:
+            found.append((factor * entry[x], min(values)))
+    return [place for place, _ in found], [value for _, value in found]
+
+
+def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
+    """Return accuracies of Nth farthest to compare with, in percent, and their names."""
+    lines = {}
+    for K in sorted({int(run.arguments["num_vectors"]) for run in found}):
+        lines[100 / K] = "chance"
+        # For n = K - 1 the answer is m itself. In the other cases one of K - 1 labels is guessed.
+        lines[100 / K + 100 * (K - 1) / K * 1 / (K - 1)] = "plateau"
+    if any((run.arguments["num_vectors"], run.arguments["num_dims"]) == (8, 16) for run in found):
+        lines[100 * PAPER_ACCURACY] = "RMC of the paper"
+    return [(value, f"{name} {value:.3g} %") for value, name in sorted(lines.items())]
+
+
+def draw(
+    groups: Sequence[Sequence[Run]], labels: Sequence[str], against: Sequence[str], training: bool = False
+) -> Any:
+    """Return a matplotlib figure with a panel for each of the given axes."""
+    # A notebook sets it to a backend that this Python may not have; then even the import fails.
+    os.environ["MPLBACKEND"] = "agg"
     try:
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
     except ImportError as error:
         raise UserError(
             f"plots need matplotlib, which cannot be imported ({error}). "
             "Install it with: pip install -r requirements-extra.txt"
         ) from None
-    return plt
-
-
-def name_lines(found: Sequence[Run]) -> dict[int, tuple[str, str]]:
-    """Return the colour and the legend of each run, by its place in `found`.
-
-    Runs that differ only in their seed share a colour, and the first has the legend of all. The legend is the
-    model's name where that is unique, otherwise the run's name.
-    """
-    groups: dict[str, list[int]] = {}
-    for place, run in enumerate(found):
-        groups.setdefault(run.settings({}), []).append(place)
-    models = [found[places[0]].model for places in groups.values()]
-    lines = {}
-    for number, places in enumerate(groups.values()):
-        first = found[places[0]]
-        label = first.model if models.count(first.model) == 1 else first.name
-        if len(places) > 1:
-            label += f" ({len(places)} seeds)"
-        lines |= {place: (f"C{number}", label if place == places[0] else "_") for place in places}
-    return lines
-
-
-def points(run: Run, event: str, against: str, field: str) -> tuple[list[float], list[float]]:
-    """Return the points of a curve, without events that lack one of the two numbers.
-
-    Args:
-        against: a key of AXES.
-        field: name of the vertical value.
-    """
-    _, x, factor = AXES[against]
-    if factor is None:
-        factor = run.record.get("corpus", {}).get("train", 0) / 1e6
-    found = [e for e in run.events if e.get("event") == event and None not in (e.get(x), e.get(field))]
-    return [factor * e[x] for e in found], [e[field] for e in found]
-
-
-def draw_language_models(plt: Any, found: Sequence[Run], against: Sequence[str]) -> Any:
-    """Draw perplexity against each of the given axes: validation, averaged weights and training."""
-    figure, row = plt.subplots(
-        1, len(against), figsize=(5.5 * len(against), 4.5), sharey=True, squeeze=False, layout="constrained"
-    )
-    styles = [
-        ("ppl", "validation", {"marker": "."}),
-        ("average_ppl", "validation, averaged weights", {"linestyle": ":"}),
-        ("train_ppl", "training", {"linestyle": "--", "linewidth": 1}),
-    ]
-    for axis, name in zip(row[0], against, strict=True):
-        for place, (colour, label) in name_lines(found).items():
-            axis.plot([], [], color=colour, label=label)
-            for field, _, style in styles:
-                axis.plot(*points(found[place], "valid", name, field), color=colour, **style)
-        for _, label, style in styles:
-            axis.plot([], [], color="grey", label=label, **style)
+    found = [run for members in groups for run in members]
+    figure = Figure(figsize=(5 * len(against), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(against), sharey=True, squeeze=False)[0]
+    for axis, name in zip(panels, against, strict=True):
+        lines = []
+        for number, members in enumerate(groups):
+            for run in members:
+                marker = {} if run.is_nth_farthest else {"marker": ".", "markersize": 5}
+                curves = axis.plot(*points(run, name), color=f"C{number}", linewidth=1.4, **marker)
+                if training:
+                    axis.plot(*points(run, name, True), color=f"C{number}", linewidth=1, linestyle="--")
+            lines += curves
         axis.set_xlabel(AXES[name][0])
-        axis.set_yscale("log")  # the first epochs would flatten the others
-        axis.grid(True, which="both", linewidth=0.3)
-        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            formatter(plt.matplotlib.ticker.FormatStrFormatter("%g"))
-    row[0][0].set_ylabel("perplexity")
-    row[0][0].legend(fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=name != "wall"))
+        axis.grid(axis="y", color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    first = panels[0]
+    if found[0].is_nth_farthest:
+        first.set(ylim=(0, 102), ylabel="accuracy (%)")
+        for axis in panels:
+            for value, text in reference_lines(found):
+                axis.axhline(value, color="grey", linestyle=":", linewidth=1)
+                axis.annotate(
+                    text, (1, value), xycoords=("axes fraction", "data"), xytext=(0, -3), fontsize=8,
+                    textcoords="offset points", color="dimgrey", ha="right", va="top",
+                )  # fmt: skip
+    else:
+        first.set(yscale="log", ylabel="perplexity" if training else "validation perplexity")
+        bottom, top = first.get_ylim()
+        wide = top > 4 * bottom
+        ticks = LogLocator(subs=(1, 1.5, 2, 3, 5, 7)) if wide else MaxNLocator(6, steps=[1, 2, 5, 10])
+        first.yaxis.set_major_locator(ticks)
+        first.yaxis.set_minor_locator(NullLocator())
+        first.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    if training:
+        lines += first.plot([], [], color="grey", linewidth=1, linestyle="--")
+        labels = [*labels, "training"]
+    # Set afterwards, and without mathematics: matplotlib leaves out a label that starts with an underscore.
+    legend = first.legend(lines, ["label"] * len(lines), fontsize=9, frameon=False)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set(text=label, parse_math=False)
     return figure
 
 
-def draw_nth_farthest(plt: Any, found: Sequence[Run], against: Sequence[str]) -> Any:
-    """Draw test accuracy (above) and training loss (below) against each of the given axes."""
-    figure, axes = plt.subplots(
-        2, len(against), figsize=(5.5 * len(against), 7), sharex="col", sharey="row", squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for column, name in enumerate(against):
-        above, below = axes[0][column], axes[1][column]
-        for place, (colour, label) in name_lines(found).items():
-            run = found[place]
-            above.plot(*points(run, "train", name, "test_accuracy"), color=colour, label=label)
-            below.plot(*points(run, "train", name, "loss"), color=colour)
-        for value, text in reference_lines(found):
-            above.axhline(value, color="grey", linestyle=":", linewidth=1)
-            above.annotate(
-                text, (1, value), xycoords=("axes fraction", "data"), xytext=(-3, -3),
-                textcoords="offset points", fontsize=9, color="dimgrey", ha="right", va="top",
-            )  # fmt: skip
-        above.set_ylim(0, 1.02)
-        below.set_xlabel(AXES[name][0])
-    axes[0][0].set_ylabel("test accuracy")
-    axes[1][0].set_ylabel("training loss (nats)")
-    axes[0][0].legend(fontsize=10, loc="lower left")
-    return figure
-
-
-def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
-    """Return accuracies to compare with, and their names."""
-    lines = {}
-    for K in sorted({int(run.arguments["num_vectors"]) for run in found}):
-        lines[1 / K] = f"chance, 1/{K}"
-        # For n = K - 1 the answer is m itself. In the other cases one of K - 1 labels is guessed.
-        lines[1 / K + (K - 1) / K * 1 / (K - 1)] = f"chance + nearest, 2/{K}"
-    if any((run.arguments["num_vectors"], run.arguments["num_dims"]) == (8, 16) for run in found):
-        lines[PAPER_ACCURACY] = "the paper's RMC, 91 %"
-    return sorted(lines.items())
-
-
-def draw_runs(paths: Sequence[Path], path: Path, against: Sequence[str] | None = None) -> int:
-    """Draw the curves of runs into a PNG and return the number of runs. Raise UserError if it cannot be done.
+def draw_runs(
+    paths: Sequence[Path],
+    path: Path,
+    against: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    training: bool = False,
+) -> int:
+    """Draw the curves of runs into a PNG and return the number of runs.
 
     Args:
         paths: as run_files.read_runs takes them; all language models or all Nth farthest.
-        against: keys of AXES; None for epochs and wall time, or steps and wall time for Nth farthest.
+        path: the PNG to write.
+        against: keys of AXES; None for epochs, or steps for Nth farthest.
+        labels: legends of the groups of runs that differ only in their seed; None for name_groups.
+        training: also draw training perplexity or accuracy.
+
+    Raises:
+        UserError: runs or labels do not fit together, matplotlib is missing, or the PNG cannot be written.
     """
-    plt = import_pyplot()
     found = run_files.read_runs(paths)
     nth_farthest = found[0].is_nth_farthest
     if any(run.is_nth_farthest != nth_farthest for run in found):
@@ -164,35 +163,34 @@ def draw_runs(paths: Sequence[Path], path: Path, against: Sequence[str] | None =
             "language models and Nth-farthest runs cannot share a plot. Give the runs of one kind, for "
             "example with runs/train_rmc-* in place of runs."
         )
-    against = against or (("steps", "wall") if nth_farthest else ("epochs", "wall"))
-    if nth_farthest and {"epochs", "tokens"} & set(against):
-        raise UserError("Nth-farthest runs have no epochs or tokens. Use --against steps wall.")
-    if "tokens" in against and any("corpus" not in run.record for run in found):
-        raise UserError("a run's args.json does not hold the size of its corpus. Use --against epochs.")
-    draw = draw_nth_farthest if nth_farthest else draw_language_models
-    figure = draw(plt, found, against)
+    if nth_farthest and "epochs" in (against or ()):
+        raise UserError("Nth-farthest runs have no epochs. Use --against steps wall.")
+    groups = run_files.group(found)
+    if labels is not None and len(labels) != len(groups):
+        names = "; ".join(", ".join(run.name for run in members) for members in groups)
+        raise UserError(f"--labels needs {len(groups)} texts, got {len(labels)}. The groups are: {names}.")
+    against = against or ["steps" if nth_farthest else "epochs"]
+    figure = draw(groups, labels or name_groups(groups), against, training)
     try:
-        files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+        files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=150))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --outf.") from None
-    finally:
-        plt.close(figure)
     return len(found)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="a path as above")
-    parser.add_argument("--outf", type=Path, default=Path("runs.png"), metavar="PNG", help="file to write")
-    parser.add_argument(
-        "--against",
-        nargs="+",
-        choices=list(AXES),
-        help="horizontal axes, one panel for each (default: epochs wall; Nth farthest: steps wall)",
-    )
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="RUN", help="a path as above")
+    add("--outf", type=Path, default=Path("runs.png"), metavar="PNG", help="file to write")
+    add("--against", nargs="+", choices=list(AXES),
+        help="horizontal axes, one panel for each (default: epochs; Nth farthest: steps)")  # fmt: skip
+    add("--labels", nargs="+", metavar="TEXT",
+        help="legends, one for each group of runs that differ only in their seed")  # fmt: skip
+    add("--training", action="store_true", help="also draw training perplexity or accuracy, dashed")
     args = parser.parse_args(argv)
-    count = draw_runs(args.paths, args.outf, args.against)
+    count = draw_runs(args.paths, args.outf, args.against, args.labels, args.training)
     console.say(f"curves of {count} run{'s' if count > 1 else ''}: {args.outf}")
 
 

@@ -11,6 +11,8 @@ STUDY/NAME, without .jsonl, means one run of a study file; NAME may be a pattern
 from __future__ import annotations
 
 import fnmatch
+import functools
+import importlib
 import json
 import sys
 from collections import Counter
@@ -28,12 +30,14 @@ NTH_FARTHEST = "train_nth_farthest"
 NOT_SETTINGS = (
     "seed", "name", "recipe", "resume", "evaluate", "state_lengths", "cuda", "threads", "log_interval",
     "save_every", "runs_folder", "no_cuda_graph", "collective_timeout", "stop_after",
+    "average_trigger",  # of a former kind of --average
 )  # fmt: skip
-# Values of former flags that change nothing: a run that has them equals one that lacks them.
-FORMER = {
-    "ar": 0.0, "tar": 0.0, "average_trigger": 5, "random_bptt": None, "embedding_lr": None,
-    "total_units": None,
-}  # fmt: skip
+
+
+@functools.cache
+def defaults(script: str) -> dict[str, Any]:
+    """Return the default arguments of a training script."""
+    return importlib.import_module(script).build_parser().defaults()
 
 
 @dataclass
@@ -74,17 +78,28 @@ class Run:
         """Return a field of all events of a kind, without missing and non-finite (null) values."""
         return [e[field] for e in self.events if e.get("event") == event and e.get(field) is not None]
 
-    def settings(self, defaults: dict[str, Any]) -> str:
+    def settings(self) -> str:
         """Return a key that is equal for runs which differ in nothing but the seed.
 
-        Args:
-            defaults: the script's current defaults, for flags that are newer than the run.
+        A flag that is not in the run's arguments had its default. A former flag counts if it was on.
         """
-        arguments = {**FORMER, **defaults, **self.arguments}
-        arguments = {k: v for k, v in arguments.items() if k not in NOT_SETTINGS}
+        known = defaults(self.script)
+        changed = {
+            name: value
+            for name, value in self.arguments.items()
+            if name not in NOT_SETTINGS and (value != known[name] if name in known else value)
+        }
         # Each process, GPU and piece of an accumulated batch draws its own dropout masks.
         copies = (self.record.get("processes", 1), len(self.gpus))
-        return json.dumps([self.script, arguments, copies], sort_keys=True)
+        return json.dumps([self.script, changed, copies], sort_keys=True)
+
+
+def group(found: Sequence[Run]) -> list[list[Run]]:
+    """Group runs that differ only in their seed, in the order in which the first of each was given."""
+    groups: dict[str, list[Run]] = {}
+    for run in found:
+        groups.setdefault(run.settings(), []).append(run)
+    return list(groups.values())
 
 
 def why_unusable(run: Run) -> str | None:
@@ -144,7 +159,8 @@ def read_path(path: Path) -> list[Run]:
         return read_study(path)
     if path.exists() or not study.is_file():
         return [read_run_folder(path)]
-    return [run for run in read_study(study) if fnmatch.fnmatchcase(run.name, path.name)]
+    named = [run for run in read_study(study) if run.name == path.name]
+    return named or [run for run in read_study(study) if fnmatch.fnmatchcase(run.name, path.name)]
 
 
 def skip(path: Path, reason: str) -> None:
