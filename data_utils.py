@@ -13,20 +13,14 @@ This command makes a corpus, here data/book, from any text:
 import argparse
 import codecs
 import hashlib
-import http.client
 import itertools
 import os
 import re
-import secrets
 import shlex
-import shutil
-import urllib.request
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from training import checkpoints
 from training.console import UserError, first_line, run_script, say, warn
@@ -36,10 +30,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from corpora import download, punctuation
+
 EOS = "<eos>"
 UNK = "<unk>"
 IGNORED = -100  # target at a place without a word; every loss of this project skips negative targets
-SPLITS = ("train", "valid", "test")
+SPLITS = download.SPLITS
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 
 # ---- vocabulary, corpus
@@ -74,7 +70,8 @@ class Vocabulary:
             shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             raise UserError(
                 f"not in the vocabulary of {len(self):,} words: {shown}. Words are whole tokens of the "
-                "training text: check spelling, capitals, and the spaces around punctuation marks."
+                "training text: check spelling, capitals, and the spaces around punctuation marks. A corpus "
+                f"that data_utils.py makes with --vocab-size has {UNK} for unknown words."
             )
         return [self.index.get(word, self.index.get(UNK)) for word in words]
 
@@ -115,15 +112,26 @@ def load_corpus(data: str, vocab_from: str = "all") -> Corpus:
     """
     folder = find_folder(data)
     check_folder(folder)
-    digests = []
+    key = hashlib.sha256(f"{CACHE_FORMAT} {vocab_from}".encode())
     for split in SPLITS:
+        key.update(b"\0")  # which no text contains
         with open(folder / f"{split}.txt", "rb") as file:
-            digests.append(hash_file(file, hashlib.sha256()))
-    path = cache_path(folder, vocab_from, digests)
+            while block := file.read(BLOCK_BYTES):
+                key.update(block)
+    path = folder / f".corpus-{vocab_from}-{key.hexdigest()[:32]}.pt"
     corpus = load_cache(path)
     if corpus is None:
         corpus = tokenise(folder, vocab_from)
         save_cache(corpus, path)
+    if UNK in corpus.vocabulary.index:
+        unk = corpus.vocabulary.index[UNK]
+        train, valid, test = (int((getattr(corpus, split) == unk).sum()) for split in SPLITS)
+        if not train and valid + test:
+            warn(
+                f"{UNK} is {valid:,} words of valid.txt and {test:,} of test.txt, but none of train.txt: the "
+                "model cannot learn its probability. Replace rare words of train.txt by it, as data_utils.py "
+                "does with a --vocab-size below the number of its words."
+            )
     return corpus
 
 
@@ -138,17 +146,21 @@ def find_folder(data: str) -> Path:
     for folder in places:
         if any(os.path.isfile(folder / f"{split}.txt") for split in SPLITS):
             return folder
-    if name in PUBLISHED:
-        return fetch(name)
+    if name in download.PUBLISHED:
+        download.fetch(name, DATA_FOLDER / name)
+        return DATA_FOLDER / name
     for folder in places:
         if os.path.isdir(folder):
             return folder  # check_folder says what is missing
     if data and os.path.exists(data):
-        raise UserError(f"{data} is a file. Expected a folder with train.txt, valid.txt and test.txt.")
+        raise UserError(
+            f"{data} is a file. Expected a folder with train.txt, valid.txt and test.txt. To make one from a "
+            f"text: python data_utils.py {shlex.quote(data)}"
+        )
     raise UserError(
         f"no folder {data!r:.300}, and none of that name in {DATA_FOLDER}. Expected a folder with train.txt, "
         "valid.txt and test.txt, the bundled corpus 'tiny', or one that can be downloaded: "
-        f"{', '.join(map(repr, PUBLISHED))}."
+        f"{', '.join(map(repr, download.PUBLISHED))}."
     )
 
 
@@ -160,24 +172,22 @@ def check_folder(folder: Path) -> None:
         if not os.path.isfile(path):
             what = f"{path} is not a file" if path.name in found else f"no {path.name} in {folder}"
             listed = ", ".join(found[:8]) + (f" and {len(found) - 8:,} more" if len(found) > 8 else "")
+            advice = ""
+            if not any(f"{split}.txt" in found for split in SPLITS) and any(folder.glob("*.txt")):
+                advice = f" To make them from its texts: python data_utils.py {shlex.quote(str(folder))}"
             raise UserError(
                 f"{what} (found: {listed or 'nothing'}). "
-                "Expected train.txt, valid.txt and test.txt, one sentence per line."
+                f"Expected train.txt, valid.txt and test.txt, one sentence per line.{advice}"
             )
-
-
-def hash_file(file, digest) -> str:
-    """Update a hashlib digest with the rest of an open file; return the result in hexadecimal."""
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- tokenising
 
+CACHE_FORMAT = 4
 BLOCK_BYTES = 1 << 20  # bytes of text processed at a time; as words they take about twelve times the memory
 # Within a line, WikiText-2 has U+FEFF as a word; it is kept. At a line's start or in a word it is a mark.
 BYTE_ORDER_MARK = re.compile(r"(?m)^\ufeff|(?<=\S)\ufeff|\ufeff(?=\S)")
+BEFORE_LAST_WORD = re.compile(rb".* (?=[!-~])", re.DOTALL)
 EOS_AT_LINE_END = re.compile(r"(?<!\S)<eos>[^\S\n]*(?=\n)")
 
 
@@ -229,8 +239,9 @@ def read_text(path: Path) -> Iterator[str]:
             block = file.read(BLOCK_BYTES)
             data += block
             more = len(block) == BLOCK_BYTES
-            # Blocks end at a line feed. Only a line longer than a block is cut between words.
-            cut = data.rfind(b"\n") + 1 or max(data.rfind(b" "), 0) if more else len(data)
+            cut = data.rfind(b"\n") + 1 if more else len(data)
+            if not cut and (start := BEFORE_LAST_WORD.match(data)):  # in a line longer than a block
+                cut = start.end()
             try:
                 text = data[:cut].decode("utf-8")
             except UnicodeDecodeError as error:
@@ -244,14 +255,25 @@ def read_text(path: Path) -> Iterator[str]:
             data, offset = data[cut:], offset + cut
 
 
+BINARY = {  # kinds of files by their first bytes
+    b"\x1f\x8b": "a gzip file",
+    b"PK\x03\x04": "a zip archive, as .docx, .epub and .odt files are",
+    b"%PDF": "a PDF file",
+    b"\xd0\xcf\x11\xe0": "an old Office document, as .doc files are",
+}
+
+
 def not_text(path: Path, offset: int) -> UserError:
-    """Return the error for a file that is not UTF-8 at byte `offset`, with a command that may convert it."""
+    """Return the error for a file that is not UTF-8 at byte `offset`, with what to do."""
     with open(path, "rb") as file:
         start = file.read(4)
         file.seek(offset)
         byte = file.read(1)
+    for signature, kind in BINARY.items():
+        if start.startswith(signature):
+            return UserError(f"{path} is {kind}. Expected plain text in UTF-8: unpack it or save it as text.")
     utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or byte == b"\0"
-    encoding = "UTF-16" if utf16 else "LATIN1"
+    encoding = "UTF-16" if utf16 else "CP1252"  # which contains Latin-1 without its control characters
     return UserError(
         f"{path} is not UTF-8 text: byte {offset:,} is 0x{byte.hex()}. Expected plain text. If it has "
         f"another encoding, convert it, for example with: iconv -f {encoding} -t UTF-8 {path.name} > "
@@ -268,14 +290,6 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 
 # ---- cache
-
-CACHE_FORMAT = 3
-
-
-def cache_path(folder: Path, vocab_from: str, digests: list[str]) -> Path:
-    """Return the path of a cache; its name depends on the texts, the option and the format."""
-    key = hashlib.sha256(" ".join([str(CACHE_FORMAT), vocab_from, *digests]).encode()).hexdigest()[:32]
-    return folder / f".corpus-{vocab_from}-{key}.pt"
 
 
 def save_cache(corpus: Corpus, path: Path) -> None:
@@ -303,152 +317,6 @@ def load_cache(path: Path) -> Corpus | None:
     except (UserError, LookupError) as error:
         warn(f"the corpus cache {path} cannot be used ({first_line(error)}); it is rebuilt")
         return None
-
-
-# ---- download
-
-USER_AGENT = "relational-rnn-pytorch (corpus download)"  # one host rejects Python's default
-TIMEOUT = 30.0  # seconds without data before the next mirror is tried
-
-
-@dataclass(frozen=True)
-class Published:
-    """A corpus that can be downloaded.
-
-    Attributes:
-        mirrors: addresses, tried in order. Each is a folder with the three texts (ends in /) or a zip archive
-            with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens.
-        digests: by file name, algorithm and hexadecimal value; "git" is git's name for a file's content.
-    """
-
-    mirrors: tuple[str, ...]
-    digests: dict[str, tuple[str, str]]
-
-
-PUBLISHED = {
-    "wikitext-2": Published(
-        mirrors=(
-            "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/",
-            "https://wikitext.smerity.com/wikitext-2-v1.zip",
-        ),
-        digests={
-            "train.txt": ("git", "2d84b35af79e411d73ea7cae83c73964c6ac83b4"),
-            "valid.txt": ("sha256", "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"),
-            "test.txt": ("sha256", "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"),
-            "wikitext-2-v1.zip": ("md5", "542ccefacc6c27f945fb54453812b3cd"),
-        },
-    ),
-    "wikitext-103": Published(
-        mirrors=("https://wikitext.smerity.com/wikitext-103-v1.zip",),
-        digests={
-            "wikitext-103-v1.zip": (
-                "sha256",
-                "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-            )
-        },
-    ),
-}
-
-
-class Unusable(Exception):
-    """A mirror that does not deliver the right files; the message says why."""
-
-
-def fetch(name: str) -> Path:
-    """Download a published corpus into data/<name>, complete and verified or not at all; return that folder.
-
-    Raises:
-        UserError: every mirror failed, or the folder cannot be written.
-    """
-    published, target = PUBLISHED[name], DATA_FOLDER / name
-    # A random name, as another run may be downloading too, and beside the target, to be renamed to it.
-    work = DATA_FOLDER / f".{name}-{secrets.token_hex(4)}.partial"
-    try:
-        work.mkdir(parents=True)
-        reasons = []
-        for mirror in published.mirrors:
-            host = urlsplit(mirror).netloc
-            say(f"downloading {name} from {host}")
-            try:
-                fetch_from(mirror, published, work)
-                break
-            except Unusable as error:
-                reasons.append(f"{host}: {error}")
-        else:
-            archive = published.mirrors[-1].rsplit("/", 1)[-1]
-            raise UserError(
-                f"cannot download {name} ({'; '.join(reasons)}). Put its train.txt, valid.txt and test.txt "
-                f"into {target} by hand (in {archive} they are wiki.train.tokens, wiki.valid.tokens and "
-                "wiki.test.tokens), or start with the bundled corpus: --recipe tiny"
-            )
-        try:
-            work.rename(target)
-        except OSError:  # the target exists, without texts or just written by another run
-            for split in SPLITS:
-                os.replace(work / f"{split}.txt", target / f"{split}.txt")
-    except OSError as error:
-        raise UserError(f"cannot write the corpus into {target} ({error.strerror}).") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def fetch_from(mirror: str, published: Published, work: Path) -> None:
-    """Fill the folder `work` with the three texts from one mirror; raise Unusable if they are not right."""
-    if mirror.endswith("/"):
-        for split in SPLITS:
-            download(f"{mirror}{split}.txt", work / f"{split}.txt", published)
-        return
-    archive = work / mirror.rsplit("/", 1)[-1]
-    download(mirror, archive, published)
-    with zipfile.ZipFile(archive) as package:
-        members = {info.filename.rsplit("/", 1)[-1]: info for info in package.infolist()}
-        for split in SPLITS:
-            path = work / f"{split}.txt"
-            with package.open(members[f"wiki.{split}.tokens"]) as member, open(path, "wb") as file:
-                shutil.copyfileobj(member, file, 1 << 20)
-            verify(path, published)
-    archive.unlink()
-
-
-def download(url: str, path: Path, published: Published) -> None:
-    """Download and verify one file."""
-    with open(path, "wb") as file:
-        for block in receive(url, path.name):
-            file.write(block)
-    verify(path, published)
-
-
-def receive(url: str, label: str) -> Iterator[bytes]:
-    """Yield what an address delivers, block by block; raise Unusable for failures of the network."""
-    request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            size = response.headers.get("Content-Length", "")
-            total = int(size) if size.isdecimal() else None
-            with tqdm(total=total, unit="B", unit_scale=True, delay=1, disable=None, desc=label) as progress:
-                while block := response.read(1 << 16):
-                    yield block
-                    progress.update(len(block))
-    except (OSError, http.client.HTTPException) as error:
-        raise Unusable(f"{label}: {error}") from None
-    except ValueError as error:  # from a malformed proxy address: the addresses of this file are valid
-        raise Unusable(f"check the proxy in the environment: {error}") from None
-
-
-def verify(path: Path, published: Published) -> None:
-    """Raise Unusable if a file does not have its published digest; files without one pass."""
-    algorithm, expected = published.digests.get(path.name, (None, None))
-    if algorithm is None:
-        return
-    size = path.stat().st_size
-    if algorithm == "git":
-        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    else:
-        digest = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as file:
-        if hash_file(file, digest) != expected:
-            raise Unusable(f"{path.name}, {size:,} bytes, has the wrong checksum")
 
 
 # ---- batching
@@ -514,53 +382,27 @@ class TokenColumns:
 
 # ---- raw texts
 
-QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
-SEPARATIONS = [  # patterns and replacements, in order
-    (r"(?<=\d)([.,])(?=\d)", r" @\1@ "),
-    (r"(?<=\w)-(?=\w)", " @-@ "),
-    (r"@[.,-]@|--+|\.\.+|[]!?;:,(){}[\"|/%$\u20ac\u00a3&*+=#~_`\u00ab\u00bb\u2013\u2014\u2026]", r" \g<0> "),
-    (r"(?<!\w)'(?=\w)(?!(s|t|m|d|re|ve|ll)\b)", "' "),  # an opening quote, not the 't of "don 't"
-    (r"(?<=[\w.])'(?=\w)", " '"),
-    (r"'(?!\w)", " ' "),
-]
-ABBREVIATIONS = """
-    mr mrs ms messrs dr prof rev hon st mt sr jr col maj capt lt sgt gov gen vs etc cf viz al vol pp
-    inc ltd corp dept jan feb aug sept oct nov dec
-""".split()  # noqa: SIM905
+
+def paragraphs(texts: list[str]) -> list[str]:
+    """Return the paragraphs of texts if blank lines separate them at least 20 times, otherwise the lines."""
+    found = [re.split(r"\n\s*\n", text.strip()) for text in texts]
+    if sum(len(parts) - 1 for parts in found) >= 20:
+        return [" ".join(paragraph.split()) for parts in found for paragraph in parts]
+    return [line for text in texts for line in text.split("\n") if line.strip()]
 
 
-def separate_punctuation(text: str, lower: bool = False) -> str:
-    """Separate words and punctuation marks by spaces, as in WikiText.
-
-    "don't" becomes "don 't", "3,000" becomes "3 @,@ 000", "well-known" becomes "well @-@ known". The period
-    after a word is separated too, except in acronyms (U.S.), and in abbreviations (Mr.) and initials (J.)
-    inside a line.
-
-    Args:
-        text: any text; its lines are kept.
-        lower: convert to lower case.
-    """
-    text = text.translate(QUOTES)
-    for pattern, replacement in SEPARATIONS:
-        text = re.sub(pattern, replacement, text)
-    lines = []
-    for line in text.split("\n"):
-        words = line.split()
-        for i, word in enumerate(words):
-            stem = word.removesuffix(".")
-            acronym = re.fullmatch(r"(\w{1,2}\.)+\w", stem)
-            short = i + 1 < len(words) and (re.fullmatch("[A-HJ-Z]", stem) or stem.lower() in ABBREVIATIONS)
-            if stem and stem != word and not stem.endswith(".") and not acronym and not short:
-                words[i] = f"{stem} ."
-        lines.append(" ".join(words))
-    text = "\n".join(lines)
-    return text.lower() if lower else text
-
-
-def paragraphs(text: str) -> list[str]:
-    """Return the paragraphs of a text if blank lines separate at least 20 of them, otherwise its lines."""
-    found = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip())]
-    return found if len(found) >= 20 else [line for line in text.split("\n") if line.strip()]
+def read_texts(paths: list[Path]) -> list[str]:
+    """Return the texts of files, and of the .txt files of folders in order of name."""
+    texts = []
+    for path in paths:
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"no .txt file in the folder {path}. Name a folder of texts, or the files.")
+        for file in files:
+            texts.append("".join(read_text(file)))
+            if not texts[-1].strip():
+                raise UserError(f"{file} is empty. Omit it.")
+    return texts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -569,9 +411,15 @@ def main(argv: list[str] | None = None) -> None:
         description="Make a corpus from raw texts: one paragraph per line, words and punctuation marks "
         "separated by spaces, 90 percent for training, the next 5 for validation and the last 5 for testing."
     )
-    parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="UTF-8 files, in order")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of the corpus (default: data/NAME for NAME.txt)"
+        "texts", nargs="+", type=Path, metavar="TEXT",
+        help="UTF-8 files, in order; a folder stands for its .txt files in order of name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the corpus (default: data/NAME for a text or folder NAME)",
     )
     parser.add_argument("--lower", action="store_true", help="convert to lower case")
     parser.add_argument(
@@ -579,21 +427,20 @@ def main(argv: list[str] | None = None) -> None:
         help="words in the vocabulary, <unk> and <eos> included; rarer ones become <unk> (default: all)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    out = args.out or DATA_FOLDER / args.texts[0].stem
+    out = args.out or DATA_FOLDER / args.texts[0].resolve().stem
     if any((out / f"{split}.txt").exists() for split in SPLITS):
         raise UserError(f"{out} contains a corpus already. Choose another folder with --out.")
     if args.vocab_size is not None and args.vocab_size < 3:
         raise UserError(f"--vocab-size must be at least 3, got {args.vocab_size}.")
-    text = "\n".join(line for path in args.texts for line in paragraphs("".join(read_text(path))))
-    lines = [line.split() for line in separate_punctuation(text, args.lower).split("\n")]
+    text = "\n".join(paragraphs(read_texts(args.texts)))
+    lines = [line.split() for line in punctuation.separate(text, args.lower).split("\n")]
+    if len(lines) < 3:
+        raise UserError(f"{args.texts[0]} has {len(lines)} lines. Use a text of 3 lines or more.")
     ends = np.cumsum([len(line) + 1 for line in lines])  # tokens up to the end of each line
     first, second = np.searchsorted(20 * ends, [18 * ends[-1], 19 * ends[-1]], side="right")
+    first = np.clip(first, 1, len(lines) - 2)  # every part has a line
+    second = np.clip(second, first + 1, len(lines) - 1)
     splits = dict(zip(SPLITS, (lines[:first], lines[first:second], lines[second:]), strict=True))
-    if not all(splits.values()):
-        raise UserError(
-            f"{args.texts[0]} has too few lines to be split in three: {len(lines) if text else 0}. Use a "
-            "text of 20 or more lines."
-        )
     if args.vocab_size is not None:
         counts = Counter(word for line in splits["train"] for word in line if word != UNK)
         known = {word for word, _ in counts.most_common(args.vocab_size - 2)}

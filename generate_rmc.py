@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from training.flags import option, switch
 
 import torch
 
-import data_utils
+from corpora import punctuation
 from data_utils import EOS, UNK, Vocabulary
 from layers.language_model import LanguageModel
 from tasks import language_modelling
@@ -36,7 +35,6 @@ def build_parser() -> flags.Parser:
            "checkpoint, or run folder whose best.pt is used (default: the newest best.pt of a language "
            "model in --runs-folder)")
     option(source, "--runs-folder", None, "runs", "FOLDER", "folder to search for the newest model")
-    option(source, "--data", None, None, "FOLDER", "ignored, because the checkpoint holds the vocabulary")
     switch(source, "--cuda", "compute on the GPU instead of the CPU")
     option(source, "--threads", flags.thread_count, 0, "N",
            "CPU threads; 0 = chosen to fit the model and the machine")
@@ -47,7 +45,8 @@ def build_parser() -> flags.Parser:
            "words per sample, including ends of lines and without the prompt")
     option(text, "--samples", flags.positive_int, 1, "N", "number of texts to write")
     option(text, "--prompt", None, "", "TEXT",
-           "first words of every text; punctuation is separated if the model does not know a word")
+           "first words of every text; if the model does not know one, punctuation is separated, and the "
+           "prompt is lower-cased for a model without capitals")
     switch(text, "--detokenize", "join punctuation marks to their words in the output")
     option(text, "--log-interval", flags.positive_int, 100, "WORDS", "words between two progress reports")
     choice = parser.add_argument_group("choice of words")
@@ -85,7 +84,7 @@ def choose(
     """
     scores = log_probabilities.double()  # float32 overflows when divided by a tiny temperature
     if banned:
-        scores[:, list(banned)] = -torch.inf
+        scores = scores.index_fill(1, torch.tensor(list(banned), device=scores.device), -torch.inf)
     # With the maximum at 0, division can only give -inf, never NaN.
     scores = scores - scores.max(dim=1, keepdim=True).values
     if temperature == 0:
@@ -141,43 +140,14 @@ def to_text(words: Sequence[str]) -> str:
     return text.replace(" \n", "\n").replace("\n ", "\n")
 
 
-CLOSING = re.compile(r"[.,;:!?%)\]}»…]+|'[A-Za-z]+")  # 's and 't too
-OPENING = {"(", "[", "{", "«", "$", "£", "€", "#"}
-INNER = {"@,@": ",", "@.@": ".", "@-@": "-", "/": "/"}  # between two words, as in 3 @,@ 000
-QUOTES = {'"', "'"}
-
-
-def join_punctuation(text: str) -> str:
-    """Join the punctuation of tokenised text to its words; the inverse of data_utils.separate_punctuation.
-
-    Quotation marks are assumed to open and close alternately within a line.
-    """
-    return "\n".join(map(_join_line, text.split("\n")))
-
-
-def _join_line(line: str) -> str:
-    joined, space_before, open_quotes = "", False, set()
-    for word in line.split(" "):
-        closes, opens = CLOSING.fullmatch(word) is not None or word in INNER, word in OPENING or word in INNER
-        if word == "'" and not open_quotes and joined.endswith("s"):
-            closes = True  # the brothers ' house
-        elif word in QUOTES:
-            closes = word in open_quotes
-            opens = not closes
-            open_quotes ^= {word}
-        joined += (" " if space_before and not closes else "") + INNER.get(word, word)
-        space_before = not opens
-    return joined
-
-
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
     """Return the ids of the prompt's words.
 
-    If the vocabulary lacks a word, the prompt's punctuation is separated as in the model's corpus. Words that
-    are still unknown become `<unk>`, with a warning.
+    If the vocabulary lacks a word, the prompt is read as `data_utils.py` would, unless this makes more words
+    unknown. Words that are still unknown become `<unk>`. Both give a warning.
 
     Raises:
-        UserError: there are unknown words, and either no known ones or no `<unk>` in the vocabulary.
+        UserError: there are unknown words and the vocabulary has no `<unk>`.
     """
 
     def unknown(words: list[str]) -> list[str]:
@@ -186,15 +156,15 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
     words = prompt.split()
     if unknown(words):
         lower = all(word == word.lower() for word in vocabulary.words)
-        separated = data_utils.separate_punctuation(prompt, lower).split()
-        if len(unknown(separated)) < len(unknown(words)):
+        separated = punctuation.separate(prompt, lower).split()
+        # A text that was separated by another program, as WikiText, has few of the marks with @.
+        separated = [word if word in vocabulary.index else word.strip("@") or word for word in separated]
+        if separated != words and len(unknown(separated)) <= len(unknown(words)):
             words = separated
             console.warn(f"the prompt has words that are not in the vocabulary; read as: {' '.join(words)}")
-    replaced = unknown(words)
-    if replaced and UNK in vocabulary.index and len(replaced) < len(set(words)):
-        console.warn(f"not in the model's vocabulary, read as {UNK}: {' '.join(replaced)}")
-        return vocabulary.encode(words, allow_unknown=True)
-    return vocabulary.encode(words)
+    if unknown(words) and UNK in vocabulary.index:
+        console.warn(f"not in the model's vocabulary, read as {UNK}: {' '.join(unknown(words))}")
+    return vocabulary.encode(words, allow_unknown=True)
 
 
 def find_model(args: argparse.Namespace) -> Path:
@@ -237,7 +207,7 @@ def write_texts(args: argparse.Namespace) -> tuple[list[str], int]:
 
         ids = generate(model, start, args.samples, args.words, choose_next, tick).tolist()
     texts = [to_text(vocabulary.decode(prompt + row)) for row in ids]
-    return [join_punctuation(text) for text in texts] if args.detokenize else texts, interrupts.exit_status
+    return [punctuation.join(text) for text in texts] if args.detokenize else texts, interrupts.exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,8 +218,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.check_writable(args.outf)
     # With --outf -, standard output gets the text and nothing else.
     with contextlib.nullcontext() if to_file else contextlib.redirect_stdout(sys.stderr):
-        if args.data is not None:
-            console.say("--data is ignored: the checkpoint holds the vocabulary")
         texts, status = write_texts(args)
     if args.samples > 1:
         texts = [f"=== sample {number} ===\n{text}" for number, text in enumerate(texts, 1)]

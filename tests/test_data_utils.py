@@ -30,7 +30,7 @@ from data_utils import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN, VALID, TEST = "b a a\nb a c\n\n", "a d\n", "c e e e <unk>\nb\n"
+TRAIN, VALID, TEST = "b a a\nb a c\n\n", "a d\n", "c e e e f\nb\n"
 
 
 def write(folder, train=TRAIN, valid=VALID, test=TEST):
@@ -80,11 +80,11 @@ def test_vocabulary_round_trip_and_errors():
 
 def test_ids_are_in_order_of_count_then_alphabet(folder):
     corpus = load_corpus(str(folder))
-    # <eos> 6; a 4; b, e 3; c 2; <unk>, d 1
-    assert corpus.vocabulary.words == [EOS, "a", "b", "e", "c", UNK, "d"]
+    # <eos> 6; a 4; b, e 3; c 2; d, f 1
+    assert corpus.vocabulary.words == [EOS, "a", "b", "e", "c", "d", "f"]
     assert corpus.train.tolist() == [2, 1, 1, 0, 2, 1, 4, 0, 0]
     assert words_of(corpus, "valid") == ["a", "d", EOS]
-    assert words_of(corpus, "test") == ["c", "e", "e", "e", UNK, EOS, "b", EOS]
+    assert words_of(corpus, "test") == ["c", "e", "e", "e", "f", EOS, "b", EOS]
 
 
 def test_vocabulary_from_train_only(folder, tmp_path):
@@ -99,6 +99,15 @@ def test_vocabulary_from_train_only(folder, tmp_path):
     assert words_of(corpus, "valid") == [UNK, EOS]
 
 
+def test_an_unk_that_training_never_shows_gives_one_warning(folder, tmp_path, capsys):
+    for _ in range(2):  # from the texts and from the cache
+        load_corpus(str(folder), vocab_from="train")
+        assert "<unk> is 1 words of valid.txt and 4 of test.txt, but none of train" in capsys.readouterr().err
+    load_corpus(str(write(tmp_path / "shown", "a <unk>\n")), vocab_from="train")
+    load_corpus(str(write(tmp_path / "known", "a b c d e <unk>\n")), vocab_from="train")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "size, dtype",
     [(2, "uint8"), (256, "uint8"), (257, "int16"), (32768, "int16"), (32769, "int32"), (2**31 + 1, "int64")],
@@ -111,8 +120,8 @@ def test_smallest_dtype(size, dtype):
 def test_fingerprint_has_its_known_value_and_depends_on_words_and_ids(folder):
     """The value is stored in checkpoints: another one would make old runs impossible to resume."""
     corpus = load_corpus(str(folder))
-    expected = hashlib.sha256(b"<eos>\na\nb\ne\nc\n<unk>\nd")
-    for split in (b"\0009\0\2\1\1\0\2\1\4\0\0", b"\0003\0\1\6\0", b"\0008\0\4\3\3\3\5\0\2\0"):
+    expected = hashlib.sha256(b"<eos>\na\nb\ne\nc\nd\nf")
+    for split in (b"\0009\0\2\1\1\0\2\1\4\0\0", b"\0003\0\1\5\0", b"\0008\0\4\3\3\3\6\0\2\0"):
         expected.update(split)
     assert corpus.fingerprint() == expected.hexdigest()
     renamed = Vocabulary([*corpus.vocabulary.words[:-1], "D"])
@@ -164,10 +173,12 @@ def test_texts_are_split_as_by_the_obvious_loop(tmp_path, train, valid, block):
         check_against_obvious_loop(tmp_path)
 
 
-@fuzz(100)
-@given(train=WITH_EOS.map("".join))
-def test_literal_eos_at_line_ends_is_split_as_by_the_obvious_loop(tmp_path, train):
-    check_against_obvious_loop(write(tmp_path, train + " x\n", train + "\n"))
+@fuzz(150)
+@given(train=WITH_EOS.map("".join), block=st.sampled_from([1, 2, 7, 1 << 20]))
+def test_literal_eos_at_line_ends_is_split_as_by_the_obvious_loop(tmp_path, train, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_utils, "BLOCK_BYTES", block)
+        check_against_obvious_loop(write(tmp_path, train + " x\n", train + "\n"))
 
 
 @pytest.mark.parametrize(
@@ -191,14 +202,17 @@ def test_words_of_a_line(tmp_path, text, expected):
     assert words_of(load_corpus(str(write(tmp_path / "c", valid=text))), "valid") == expected
 
 
-LATIN1 = "If it has another encoding, convert it, .*: iconv -f LATIN1 -t UTF-8 valid.txt > "
+CONVERT = r"If it has another encoding, convert it, .*: iconv -f CP1252 -t UTF-8 valid.txt > "
 REFUSED = {
     "empty": (b"", "is empty"),
     "byte order mark only": (b"\xef\xbb\xbf", "is empty"),
-    "Latin-1": (b"caf\xe9 au lait\n", r"byte 3 is 0xe9\. Expected plain text\. " + LATIN1),
+    "Latin-1": (b"caf\xe9 au lait\n", r"byte 3 is 0xe9\. Expected plain text\. " + CONVERT),
+    "Windows-1252": ("Don\u2019t \u2013 \u201chéhé\u201d\n".encode("cp1252"), "byte 3 is 0x92.*" + CONVERT),
     "UTF-16": ("a b\n".encode("utf-16"), "byte 0 is 0xff.*iconv -f UTF-16 "),
     "UTF-16 without a mark": ("a b\n".encode("utf-16-le"), r"byte 1 is 0x00\. .*iconv -f UTF-16 "),
-    "gzip": (gzip.compress(b"a b\n", mtime=0), "byte 1 is 0x8b. Expected plain text"),
+    "gzip": (gzip.compress(b"a b\n", mtime=0), "is a gzip file. Expected plain text"),
+    "docx": (b"PK\x03\x04\x14\0\x06\0", "is a zip archive, as .docx"),
+    "PDF": (b"%PDF-1.7\n%\xb5\xb5\xb5\xb5\n", "is a PDF file. "),
     "half a character": (b"a \xc3", "byte 2 is 0xc3"),
     "overlong form": (b"a b\n\xc0\xaf\n", "byte 4 is 0xc0"),
     "late": (b"\xef\xbb\xbf" + b"a b\n" * 50 + b"\xff\n", "byte 203 is 0xff"),
@@ -239,11 +253,14 @@ def test_a_text_that_is_not_a_file(folder, make):
 
 
 def test_data_that_is_not_a_folder(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no train.txt in .*found: nothing"):
-        load_corpus(str(tmp_path / "empty"))
+    (tmp_path / "my books").mkdir()
+    with pytest.raises(UserError, match=r"no train.txt in .*found: nothing.*per line\.$"):
+        load_corpus(str(tmp_path / "my books"))
+    (tmp_path / "my books" / "1.txt").write_text("")
+    with pytest.raises(UserError, match="found: 1.txt.* its texts: python data_utils.py '.*/my books'$"):
+        load_corpus(str(tmp_path / "my books"))
     for file in (folder / "train.txt", "/dev/null"):
-        with pytest.raises(UserError, match="is a file. Expected a folder"):
+        with pytest.raises(UserError, match=f"is a file. Expected a folder.*python data_utils.py {file}"):
             load_corpus(str(file))
     for wrong in ("no-such-corpus", "no/such/corpus", "", "x" * 5000, "nul\0"):
         with pytest.raises(UserError, match="no folder .* 'tiny'"):
@@ -371,29 +388,6 @@ def test_every_pair_is_in_exactly_one_place(data, length, bptt):
 # ---- raw texts
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("I don't, he'd.", "I don 't , he 'd ."),
-        ("3,000 men at 1.5 km", "3 @,@ 000 men at 1 @.@ 5 km"),
-        ("1,234,567", "1 @,@ 234 @,@ 567"),
-        ("a well-known man-of-war--here", "a well @-@ known man @-@ of @-@ war -- here"),
-        ("(x) [y]: 5%; $3/4!", "( x ) [ y ] : 5 % ; $ 3 / 4 !"),
-        ("Mr. J. Smith of the U.S. left.", "Mr. J. Smith of the U.S. left ."),
-        ("It is I. We met Dr.\nNo.", "It is I . We met Dr .\nNo ."),
-        ("\u201cWhat?\u201d\nhe said\u2026", '" What ? "\nhe said \u2026'),
-        ("the players' house, 'tis O'Brien's", "the players ' house , ' tis O 'Brien 's"),
-        ("he said 'no.' Then...", "he said ' no . ' Then ..."),
-        ("www.site.com  <unk>\tx", "www.site.com <unk> x"),
-        ("3 @,@ 000 @-@ don 't . \" x \"", "3 @,@ 000 @-@ don 't . \" x \""),
-        ("", ""),
-    ],
-)  # fmt: skip
-def test_punctuation_is_separated_as_in_wikitext(text, expected):
-    assert data_utils.separate_punctuation(text) == expected
-    assert data_utils.separate_punctuation(text, lower=True) == expected.lower()
-
-
 def test_a_book_becomes_a_corpus(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data_utils, "DATA_FOLDER", tmp_path / "data")
     book = tmp_path / "my book.txt"
@@ -411,10 +405,14 @@ def test_a_book_becomes_a_corpus(tmp_path, monkeypatch, capsys):
         data_utils.main([str(book)])
 
 
-def test_several_files_with_a_limited_vocabulary(tmp_path, capsys):
-    (tmp_path / "one.txt").write_text("a a a\n\n" * 15)  # fewer than 20 paragraphs: lines are kept
-    (tmp_path / "two.txt").write_text("a a b\nb c a\n" + "a a d\n" * 3)
-    texts = [str(tmp_path / name) for name in ("one.txt", "two.txt")]
+def test_several_texts_with_a_limited_vocabulary(tmp_path, capsys):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "10.txt").write_text("a a a\n" * 15)
+    (folder / "2.txt").write_text("a a b\nb c a\n")
+    (folder / "notes.md").write_text("x")
+    (tmp_path / "last").write_text("a a d\n" * 3)
+    texts = [str(folder), str(tmp_path / "last")]
     data_utils.main([*texts, "--out", str(tmp_path / "out"), "--vocab_size", "4"])
     assert f"--data {tmp_path / 'out'}\n" in capsys.readouterr().out
     corpus = load_corpus(str(tmp_path / "out"))
@@ -423,18 +421,39 @@ def test_several_files_with_a_limited_vocabulary(tmp_path, capsys):
     assert words_of(corpus, "valid") == words_of(corpus, "test")[:4] == ["a", "a", UNK, EOS]
 
 
+def test_lines_are_joined_if_the_whole_text_has_twenty_blank_lines():
+    one, two = "a\nb\n\n\n" * 10 + "c", "d\n\n" * 10 + "e\nf\n"
+    assert data_utils.paragraphs([one, two]) == ["a b"] * 10 + ["c"] + ["d"] * 10 + ["e f"]
+    assert data_utils.paragraphs([one, two[3:]]) == ["a", "b"] * 10 + ["c"] + ["d"] * 9 + ["e", "f"]
+    assert data_utils.paragraphs(["a\nb"] * 30) == ["a", "b"] * 30
+
+
+@pytest.mark.parametrize("lines", [["a"] * 40 + ["b " * 99], ["a " * 99] + ["b"] * 40, ["a", "b", "c " * 9]])
+def test_every_part_has_a_line(tmp_path, lines):
+    (tmp_path / "raw").write_text("\n".join(lines))
+    data_utils.main([str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
+    parts = [(tmp_path / "out" / f"{split}.txt").read_text().splitlines() for split in SPLITS]
+    assert all(parts) and sum(parts, []) == [line.strip() for line in lines]
+
+
 @pytest.mark.parametrize(
     "text, flags, message",
     [
-        ("one line\n", [], "too few lines to be split in three: 1. Use a text of 20 or more"),
+        ("two\nlines\n", [], "raw has 2 lines. Use a text of 3"),
+        (" \n", [], "raw is empty"),
         ("a\n" * 99, ["--vocab-size", "2"], "--vocab-size must be at least 3, got 2"),
-        (gzip.compress(b"a\n", mtime=0), [], "raw is not UTF-8 text"),
+        (b"caf\xe9", [], "raw is not UTF-8 text"),
     ],
 )
 def test_raw_texts_that_are_refused(tmp_path, text, flags, message):
+    (tmp_path / "good").write_text("a\n" * 9)
     (tmp_path / "raw").write_bytes(text if isinstance(text, bytes) else text.encode())
+    texts = [str(tmp_path / "good")] * (message == "raw is empty") + [str(tmp_path / "raw")]
     with pytest.raises(UserError, match=message):
-        data_utils.main([str(tmp_path / "raw"), "--out", str(tmp_path / "out"), *flags])
+        data_utils.main([*texts, "--out", str(tmp_path / "out"), *flags])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no .txt file in the folder"):
+        data_utils.main([str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 

@@ -14,26 +14,17 @@ from training.console import UserError
 import pytest
 
 import data_utils
-from data_utils import SPLITS, Published, load_corpus
+from corpora import download
+from data_utils import SPLITS, load_corpus
 
 TEXTS = {"train": b"a b a\n" * 30, "valid": b"b c\n", "test": "a é\n".encode()}
 RAW = {f"/raw/{split}.txt": text for split, text in TEXTS.items()}
 
 
-def zipped(texts, folder="wikitext-2/"):
-    package = io.BytesIO()
-    with zipfile.ZipFile(package, "w") as file:
-        for split, text in texts.items():
-            # A ZipInfo has a fixed date, so the archive and its checksum are the same in every process.
-            file.writestr(zipfile.ZipInfo(f"{folder}wiki.{split}.tokens"), text)
-    return package.getvalue()
-
-
-ARCHIVE = zipped(TEXTS)
-DIGESTS = {
-    "train.txt": ("git", hashlib.sha1(b"blob %d\0" % len(TEXTS["train"]) + TEXTS["train"]).hexdigest()),
-    "valid.txt": ("sha256", hashlib.sha256(TEXTS["valid"]).hexdigest()),
-    "test.txt": ("sha256", hashlib.sha256(TEXTS["test"]).hexdigest()),
+FILES = {
+    "train.txt": "git:" + hashlib.sha1(b"blob %d\0" % len(TEXTS["train"]) + TEXTS["train"]).hexdigest(),
+    "valid.txt": "sha256:" + hashlib.sha256(TEXTS["valid"]).hexdigest(),
+    "test.txt": "md5:" + hashlib.md5(TEXTS["test"]).hexdigest(),
 }
 
 
@@ -72,7 +63,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(urllib.request, "_opener", None)  # which keeps the proxies of its first use
     monkeypatch.setattr(data_utils, "DATA_FOLDER", tmp_path / "data")
-    monkeypatch.setattr(data_utils, "TIMEOUT", 0.5)
+    monkeypatch.setattr(download, "TIMEOUT", 0.5)
     monkeypatch.chdir(tmp_path)
     yield server
     server.stop.set()
@@ -81,8 +72,8 @@ def server(tmp_path, monkeypatch):
     server.server_close()
 
 
-def publish(monkeypatch, *mirrors, digests=None):
-    monkeypatch.setattr(data_utils, "PUBLISHED", {"corpus": Published(mirrors, digests or DIGESTS)})
+def publish(monkeypatch, *mirrors):
+    monkeypatch.setattr(download, "PUBLISHED", {"corpus": mirrors})
 
 
 def check_downloaded():
@@ -103,7 +94,7 @@ def check_nothing_left():
 @pytest.mark.parametrize("name", ["corpus", "data/corpus", "./data/corpus"])
 def test_texts_are_downloaded_once_and_loaded(server, monkeypatch, tmp_path, name):
     server.files = RAW
-    publish(monkeypatch, f"{server.url}/raw/")
+    publish(monkeypatch, (f"{server.url}/raw/", FILES))
     corpus = load_corpus(name)
     assert corpus.vocabulary.decode(corpus.test.tolist()) == ["a", "é", "<eos>"]
     check_downloaded()
@@ -114,21 +105,20 @@ def test_texts_are_downloaded_once_and_loaded(server, monkeypatch, tmp_path, nam
 
 
 @pytest.mark.parametrize("folder", ["wikitext-2/", "", "../../up/", "/root/"])
-def test_paths_inside_an_archive_are_ignored(server, monkeypatch, tmp_path, folder):
-    archive = zipped(TEXTS, folder)
-    server.files = {"/corpus.zip": archive}
-    digests = {"corpus.zip": ("sha256", hashlib.sha256(archive).hexdigest())}
-    publish(monkeypatch, f"{server.url}/corpus.zip", digests=digests)
+def test_the_second_mirror_has_an_archive_whose_paths_are_ignored(
+    server, monkeypatch, tmp_path, folder, capsys
+):
+    package = io.BytesIO()
+    with zipfile.ZipFile(package, "w") as file:
+        for split, text in TEXTS.items():
+            file.writestr(f"{folder}wiki.{split}.tokens", text)
+    archive = package.getvalue()
+    server.files = RAW | {"/corpus.zip": archive, "/raw/test.txt": b"wrong\n"}
+    checksum = "sha256:" + hashlib.sha256(archive).hexdigest()
+    publish(monkeypatch, (f"{server.url}/raw/", FILES), (f"{server.url}/", {"corpus.zip": checksum}))
     load_corpus("corpus")
     check_downloaded()
     assert os.listdir(tmp_path) == ["data"]
-
-
-def test_the_second_mirror_is_tried(server, monkeypatch, capsys):
-    server.files = RAW | {"/corpus.zip": ARCHIVE, "/raw/test.txt": b"wrong\n"}
-    publish(monkeypatch, f"{server.url}/raw/", f"{server.url}/corpus.zip")
-    load_corpus("corpus")
-    check_downloaded()
     assert capsys.readouterr().out.count("downloading corpus from 127.0.0.1") == 2
 
 
@@ -140,11 +130,10 @@ def test_two_runs_download_at_once(server, monkeypatch):
         handler.reply(TEXTS["test"])
 
     server.files = RAW | {"/raw/test.txt": together}
-    publish(monkeypatch, f"{server.url}/raw/")
-    monkeypatch.setattr(data_utils, "TIMEOUT", 10)
+    publish(monkeypatch, (f"{server.url}/raw/", FILES))
+    monkeypatch.setattr(download, "TIMEOUT", 10)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        results = list(pool.map(data_utils.fetch, ["corpus"] * 2))
-    assert results == [data_utils.DATA_FOLDER / "corpus"] * 2
+        list(pool.map(download.fetch, ["corpus"] * 2, [data_utils.DATA_FOLDER / "corpus"] * 2))
     check_downloaded()
 
 
@@ -179,7 +168,7 @@ FAULTS = {
 def test_a_faulty_mirror_leaves_nothing_and_is_explained(server, monkeypatch, fault):
     body, reason = FAULTS[fault]
     server.files = RAW | {"/raw/train.txt": body}
-    publish(monkeypatch, f"{server.url}/raw/")
+    publish(monkeypatch, (f"{server.url}/raw/", FILES))
     with pytest.raises(UserError, match=rf"cannot download corpus \(127.0.0.1:\d+: .*({reason})") as error:
         load_corpus("corpus")
     assert f"into {data_utils.DATA_FOLDER / 'corpus'} by hand" in str(error.value)
@@ -188,24 +177,23 @@ def test_a_faulty_mirror_leaves_nothing_and_is_explained(server, monkeypatch, fa
 
 
 def test_without_a_network_every_mirror_is_named(server, monkeypatch):
-    publish(monkeypatch, "http://127.0.0.1:9/raw/", "http://no-such-host.invalid/corpus.zip")
-    with pytest.raises(UserError, match=r"127.0.0.1:9: .*; no-such-host.invalid: .*in corpus.zip they are "):
+    publish(monkeypatch, ("http://127.0.0.1:9/raw/", FILES), ("http://no-such-host.invalid/", {"c.zip": ""}))
+    with pytest.raises(UserError, match=r"127.0.0.1:9: .*; no-such-host.invalid: .*in c.zip they are "):
         load_corpus("corpus")
     check_nothing_left()
 
 
-@pytest.mark.parametrize("proxy", ["http:/my.proxy:3128", "http://..:80"])
-def test_a_malformed_proxy_is_reported(server, monkeypatch, proxy):
-    monkeypatch.setenv("http_proxy", proxy)
-    publish(monkeypatch, f"{server.url}/raw/")
-    with pytest.raises(UserError, match="cannot download corpus .*check the proxy .*--recipe tiny"):
+def test_a_malformed_proxy_is_reported(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http:/my.proxy:3128")
+    publish(monkeypatch, (f"{server.url}/raw/", FILES))
+    with pytest.raises(UserError, match="cannot download corpus .*--recipe tiny"):
         load_corpus("corpus")
     check_nothing_left()
 
 
 def test_a_full_disk_is_not_blamed_on_the_mirror(server, monkeypatch):
     server.files = RAW
-    publish(monkeypatch, f"{server.url}/raw/", f"{server.url}/raw/")
+    publish(monkeypatch, (f"{server.url}/raw/", FILES), (f"{server.url}/raw/", FILES))
     real_open = open
 
     class FullDisk(io.BytesIO):
@@ -213,7 +201,7 @@ def test_a_full_disk_is_not_blamed_on_the_mirror(server, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        data_utils, "open", lambda *args: FullDisk() if args[1] == "wb" else real_open(*args), raising=False
+        download, "open", lambda *args: FullDisk() if args[1] == "wb" else real_open(*args), raising=False
     )
     with pytest.raises(UserError, match=r"cannot write the corpus into .* \(No space left on device\)"):
         load_corpus("corpus")
@@ -222,12 +210,12 @@ def test_a_full_disk_is_not_blamed_on_the_mirror(server, monkeypatch):
 
 
 def test_every_published_file_is_verified():
-    assert list(data_utils.PUBLISHED) == ["wikitext-2", "wikitext-103"]
+    assert list(download.PUBLISHED) == ["wikitext-2", "wikitext-103"]
     lengths = {"git": 40, "sha256": 64, "md5": 32}
-    for published in data_utils.PUBLISHED.values():
-        for mirror in published.mirrors:
-            assert mirror.startswith("https://")
-            last = mirror.rsplit("/", 1)[1]
-            for name in [last] if last else [f"{split}.txt" for split in SPLITS]:
-                algorithm, digest = published.digests[name]
+    for mirrors in download.PUBLISHED.values():
+        for address, files in mirrors:
+            assert address.startswith("https://") and address.endswith("/")
+            assert list(files) == [f"{split}.txt" for split in SPLITS] or list(files)[0].endswith(".zip")
+            for checksum in files.values():
+                algorithm, digest = checksum.split(":")
                 assert len(bytes.fromhex(digest)) * 2 == lengths[algorithm]
