@@ -16,9 +16,7 @@ from layers.softmax import choose_cutoffs
 
 def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
     """Add the flags that do not depend on the model, and those of every training script."""
-    parser.add_argument(
-        "--recipe", choices=sorted(recipes), help="set several flags; flags on the command line override it"
-    )
+    flags.add_recipe_flag(parser, recipes)
     # fmt: off
     data = parser.add_argument_group("data")
     option(data, "--data", None, "./data/wikitext-2", "FOLDER",

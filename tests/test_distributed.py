@@ -21,6 +21,7 @@ from training.distributed import ALONE, Processes
 import pytest
 import torch
 
+import tasks.nth_farthest
 import train_nth_farthest
 import train_rmc
 import train_rnn
@@ -115,7 +116,7 @@ def all_cases(folder, processes, more=""):
         trainer = language_trainer(folder, processes, kind, f"--dropout 0 {flags} {more}")
         results[case] = trained(own / case, trainer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_nth_farthest, "make_batch", double_batch)
+        patch.setattr(tasks.nth_farthest, "make_batch", double_batch)
         build = train_nth_farthest.build_model
         patch.setattr(train_nth_farthest, "build_model", lambda args: build(args).double())
         for case, flags in NTH_CASES.items():

@@ -228,7 +228,7 @@ NTH_ALL = ["nth rmc", "nth lstm"]
 MASKS = "--dropout 0.3 --locked-dropout --dropout-words 0.1 --dropout-weights 0.2"
 RATES = "--schedule cosine --warmup 5 --weight-decay 0.1"
 AVERAGE = "--dropout 0.3 --average ema --average-decay 0.9"
-STAGES = "--curriculum-vectors 2 3 --curriculum-dims 2 1 --curriculum-accuracy 0.01"
+STAGES = "--curriculum 2x2 3x1 --curriculum-accuracy 0.01"
 CASES = [(kind, flags) for kind in ALL for flags in ("", MASKS, RATES, "--bf16")]
 CASES += [(kind, flags) for kind in NTH_ALL for flags in ("", STAGES, "--bf16")]
 # Not for cuDNN, whose own dropout is seeded once in a process.

@@ -1,10 +1,13 @@
 """train_nth_farthest.py: its flags, training, curriculum, scores and what a run leaves behind."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
-from training import checkpoints, devices, runs
+from training import checkpoints, devices, flags, runs
+from training.console import UserError
+from training.muon import MuonWithAdam
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from same_runs import after_step, assert_same_run
 
 import train_nth_farthest as script
+from tasks import nth_farthest
 from tasks.nth_farthest import NthFarthestModel, loss_and_correct, make_batch
 
 CPU = torch.device("cpu")
@@ -19,11 +23,11 @@ CPU = torch.device("cpu")
 TINY = "--num-vectors 3 --num-dims 2 --memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 11 "
 TINY += "--test-examples 50 --lr 0.01 --threads 1 --log-interval 5"
 # Three stages for TINY, each left at the first report.
-STAGES = ["--curriculum-vectors", 2, 3, "--curriculum-dims", 2, 1, "--curriculum-accuracy", 0.01]
+STAGES = ["--curriculum", "2x2", "3x1", "--curriculum-batch-size", 10, "--curriculum-accuracy", 0.01]
 
 
-def arguments(*flags):
-    return script.build_parser().parse_args([*TINY.split(), *map(str, flags)])
+def arguments(*words):
+    return script.build_parser().parse_args([*TINY.split(), *map(str, words)])
 
 
 def train(folder, *flags, name="run"):
@@ -36,10 +40,10 @@ def resume(folder, *flags):
     return script.main(["--resume", str(folder), *flags])
 
 
-def build(*flags):
+def build(*words):
     """Return a trainer, and write it no run folder."""
     torch.manual_seed(1)
-    return script.build(arguments(*flags), CPU, script.ALONE)
+    return script.build(arguments(*words), CPU, nth_farthest.ALONE)
 
 
 def weights(folder, name="last.pt"):
@@ -58,13 +62,13 @@ def steps_logged(folder):
 def no_pictures(request, monkeypatch):
     """Pictures take a second each; only the tests about them draw them."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr(script, "draw_attention", lambda *arguments: None)
+        monkeypatch.setattr(nth_farthest, "draw_attention", lambda *arguments: None)
 
 
 @pytest.fixture
 def score(monkeypatch):
     """Return a function that sets the test accuracy: a number, or a number for each step."""
-    report = script.NthFarthest.report
+    report = nth_farthest.NthFarthest.report
 
     def set_score(accuracy):
         def patched(self, trainer, totals, elapsed):
@@ -72,7 +76,7 @@ def score(monkeypatch):
             self.test = lambda processes: found
             return report(self, trainer, totals, elapsed)
 
-        monkeypatch.setattr(script.NthFarthest, "report", patched)
+        monkeypatch.setattr(nth_farthest.NthFarthest, "report", patched)
 
     return set_score
 
@@ -152,7 +156,7 @@ def test_run_folder_and_final_report(tmp_path, capsys):
 
     model = NthFarthestModel(**best["config"])
     model.load_state_dict(best["model"])
-    inputs, targets = make_batch(200, 3, 2, torch.Generator().manual_seed(script.FINAL_TEST_SEED))
+    inputs, targets = make_batch(200, 3, 2, torch.Generator().manual_seed(nth_farthest.FINAL_TEST_SEED))
     (final,) = events(folder, "final")
     assert final["accuracy"] == pytest.approx((model(inputs).argmax(1) == targets).float().mean().item())
     assert final["examples"] == 200 and len(final["accuracy_by_n"]) == 3
@@ -168,7 +172,7 @@ def test_bf16_is_for_training_and_not_for_measuring():
     trainer, seen = build("--bf16"), []
     trainer.model.head[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     trainer.step()
-    trainer.task.test(script.ALONE)
+    trainer.task.test(nth_farthest.ALONE)
     assert seen[0] == torch.bfloat16 and set(seen[1:]) == {torch.float32}
 
 
@@ -181,28 +185,76 @@ def test_stage_ends_when_the_training_accuracy_is_reached(tmp_path, monkeypatch,
 
     def spy(*arguments):
         inputs, targets = make_batch(*arguments)
-        seen.append((inputs[..., 2:5].sum() / len(inputs), (inputs[..., :2] != 0).any(0).any(0).sum()))
+        seen.append((inputs.size(1), (inputs[..., :2] != 0).any(0).any(0).sum(), len(inputs)))
         return inputs, targets
 
     score(0.9)
-    monkeypatch.setattr(script, "make_batch", spy)
-    right = iter([6] * 5 + [7] * 5 + [6] * 5 + [8] * 5 + [9] * 10)  # of 11, in each step
+    monkeypatch.setattr(nth_farthest, "make_batch", spy)
+    right = iter([6] * 5 + [7] * 5 + [6] * 5 + [8] * 5 + [9] * 10)  # of 10 or, in the full task, 11
     monkeypatch.setattr(
-        script, "loss_and_correct", lambda *x: (loss_and_correct(*x)[0], torch.tensor(next(right)))
+        nth_farthest, "loss_and_correct", lambda *x: (loss_and_correct(*x)[0], torch.tensor(next(right)))
     )
-    _, folder = train(tmp_path, "--steps", 30, *STAGES[:-1], 0.63)  # 7 of 11 are 0.64
-    assert seen[0] == (3, 2)  # the test set
-    assert seen[1:31] == [(2, 2)] * 10 + [(3, 1)] * 10 + [(3, 2)] * 10
+    _, folder = train(tmp_path, "--steps", 30, *STAGES[:-1], 0.65)
+    assert seen[0] == (3, 2, 50)  # the test set
+    assert seen[1:31] == [(2, 2, 10)] * 10 + [(3, 1, 10)] * 10 + [(3, 2, 11)] * 10
     stages = [(e["step"], e["stage"], e["vectors"], e["dims"]) for e in events(folder, "stage")]
     assert stages == [(10, 1, 3, 1), (20, 2, 3, 2)]
     assert [event["stage"] for event in events(folder, "train")] == [0, 0, 1, 1, 2, 2]
     assert "from step 11: 3 vectors, 1 dimensions" in capsys.readouterr().out
 
 
+def test_cosine_falls_in_the_full_task_only(tmp_path):
+    """The rate is --lr through the curriculum, two stages of 5 steps, and then falls to 0 at --steps."""
+    _, folder = train(tmp_path, "--steps", 30, "--schedule", "cosine", *STAGES)
+    rates = {event["step"]: event["lr"] / 0.01 for event in events(folder, "train")}
+    progress = [(step - 11) / 20 for step in (15, 20, 25, 30)]
+    assert rates == pytest.approx(
+        {5: 1, 10: 1} | {11 + 20 * x: (1 + math.cos(math.pi * x)) / 2 for x in progress}
+    )
+
+
+def test_curriculum_recipe_reaches_the_model_and_the_task():
+    given = script.build_parser().given(["--recipe", "curriculum", "--seed", "2"])
+    args = flags.parse(script.build_parser(), script.SCRIPT, given, script.RECIPES, frozenset())
+    assert script.curriculum(args)[0] == (3, 1) and script.curriculum(args)[-1] == (8, 16)
+    assert (
+        args.optimizer == "muon"
+        and args.seed == 2
+        and sum(parameter.numel() for parameter in script.build_model(args).parameters()) == 156_936
+    )
+
+
+# ---- Muon
+
+
+def test_muon_moves_matrices_along_orthogonal_directions_and_vectors_as_adam_does(tmp_path):
+    model, other = (torch.nn.Linear(5, 7).double() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    optimizer = MuonWithAdam(model.parameters(), lr=0.01)
+    adam = torch.optim.Adam([other.bias], lr=0.01)
+    before = model.weight.detach().clone()
+    inputs = torch.randn(11, 5, dtype=torch.float64)
+    for layer, updates in ((model, optimizer), (other, adam)):
+        layer(inputs).square().sum().backward()
+        updates.step()
+    torch.testing.assert_close(model.bias, other.bias)
+    sizes = torch.linalg.svdvals(before - model.weight.detach()) / (0.03 * 0.2 * 7**0.5)
+    assert sizes.min() > 0.6 and sizes.max() < 1.3  # Newton-Schulz stops near 1
+
+
+def test_muon_needs_a_torch_that_has_it(monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match="requires torch 2.9 or newer, found"):
+        build("--optimizer", "muon")
+
+
 # ---- stopping and resuming
 
 
-@pytest.mark.parametrize(("stop", "stages"), [(5, []), (8, []), (5, STAGES), (8, STAGES)])
+@pytest.mark.parametrize(
+    ("stop", "stages"),
+    [(5, []), (8, []), (5, STAGES), (8, [*STAGES, "--optimizer", "muon", "--schedule", "cosine"])],
+)
 def test_resume_equals_uninterrupted(tmp_path, monkeypatch, stop, stages, capsys):
     """Interrupted at the end of a log interval, where a stage may end too, and within one."""
     flags = ["--steps", 15, "--warmup", 12, *stages]
@@ -254,9 +306,9 @@ def test_held_target_survives_an_interrupt_and_can_be_raised(tmp_path, score, mo
     after_step(monkeypatch, 12)
     _, folder = train(tmp_path, "--steps", 100, "--target-accuracy", 0.9)
     resume(folder)
-    for flags in ([], ["--steps", "1000"]):
+    for more in ([], ["--steps", "1000"]):
         capsys.readouterr()
-        assert resume(folder, *flags) == 0
+        assert resume(folder, *more) == 0
         assert "nothing to train" in capsys.readouterr().out and steps_logged(folder) == [5, 10, 15]
     score({20: 0.95, 25: 0.95, 30: 0.9, 35: 0.95, 40: 0.95, 45: 0.95})
     resume(folder, "--target-accuracy", "0.95")

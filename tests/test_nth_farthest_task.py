@@ -36,24 +36,19 @@ def tiny_model(**options):
     "K, D, k, d", [(8, 16, 8, 16), (3, 1, 3, 1), (5, 2, 5, 2), (6, 5, 2, 1), (6, 5, 3, 5), (6, 5, 6, 2)]
 )
 def test_examples_equal_a_slow_loop(K, D, k, d):
-    """With a curriculum's stage (k, d) the missing vectors count as farther away than any other."""
+    """In a curriculum's stage (k, d) the absent vectors count as farther away than any other."""
     B = 300
     inputs, targets = batch(B, K, D, shown=None if (k, d) == (K, D) else (k, d))
-    assert inputs.shape == (B, K, 3 * K + D) and inputs.dtype == torch.float32
+    assert inputs.shape == (B, k, 3 * K + D) and inputs.dtype == torch.float32
     assert targets.shape == (B,) and targets.dtype == torch.int64
     asked = set()
     for number, sequence in enumerate(inputs.double().numpy()):
         vector_of, questions = {}, set()
-        for position, (vector, label, n, m) in enumerate(
-            np.split(step, [D, D + K, D + 2 * K]) for step in sequence
-        ):
+        for vector, label, n, m in (np.split(step, [D, D + K, D + 2 * K]) for step in sequence):
             questions.add((list(n).index(1.0), list(m).index(1.0)))
-            assert n.sum() == m.sum() == 1
-            if position < K - k:
-                assert not vector.any() and not label.any()
-            else:
-                assert vector[:d].all() and not vector[d:].any() and label.sum() == 1
-                vector_of[list(label).index(1.0)] = vector
+            assert n.sum() == m.sum() == label.sum() == 1
+            assert vector[:d].all() and not vector[d:].any()
+            vector_of[list(label).index(1.0)] = vector
         ((n, m),) = questions  # every step repeats the question
         distance_of = {
             label: math.sqrt(sum((a - b) ** 2 for a, b in zip(vector, vector_of[m], strict=True)))
@@ -66,6 +61,13 @@ def test_examples_equal_a_slow_loop(K, D, k, d):
         assert asked == {(n, position) for n in range(K - k, K) for position in range(k)}
 
 
+@pytest.mark.parametrize("stage", [(2, 5), (4, 3), (3, 7)])
+def test_vectors_keep_their_length_from_stage_to_stage(stage):
+    """The mean square of a vector's length is that of D coordinates from U(-1, 1), D / 3."""
+    vectors = batch(4000, 4, 7, shown=stage)[0][..., :7]
+    assert vectors.square().sum(2).mean() == pytest.approx(7 / 3, rel=0.02)
+
+
 def test_published_random_stream_is_unchanged():
     """Published runs repeat only while the full task draws the same numbers in the same order."""
     generator = torch.Generator().manual_seed(5)
@@ -73,7 +75,8 @@ def test_published_random_stream_is_unchanged():
     draw = torch.Generator().manual_seed(5)
     vectors = torch.rand(2, 3, 1, generator=draw) * 2 - 1
     labels = torch.rand(2, 3, generator=draw).argsort(dim=1)
-    n, m = torch.randint(3, (2, 1), generator=draw), torch.randint(3, (2, 1), generator=draw)
+    n, position = torch.randint(3, (2, 1), generator=draw), torch.randint(3, (2, 1), generator=draw)
+    m = labels.gather(1, position)
     assert torch.equal(inputs[:, :, :1], vectors) and torch.equal(inputs[:, :, 1:4].argmax(2), labels)
     assert torch.equal(torch.stack(question_of(inputs, 3), dim=1), torch.cat([n, m], dim=1))
     assert torch.equal(generator.get_state(), draw.get_state())
@@ -101,9 +104,9 @@ def test_questions_about_easier_examples_are_uniform():
     B, K = 60_000, 5
     inputs, targets = batch(B, K, 2, shown=(3, 2))
     n, m = question_of(inputs, K)
-    position = inputs[:, :, 2 : 2 + K].gather(2, m.view(B, 1, 1).expand(B, K, 1)).squeeze(2).argmax(dim=1)
+    position = inputs[:, :, 2 : 2 + K].gather(2, m.view(B, 1, 1).expand(B, 3, 1)).squeeze(2).argmax(dim=1)
     pairs = torch.bincount(n * K + position, minlength=K * K).view(K, K) / B
-    assert (pairs[2:, 2:] - 1 / 9).abs().max() < 0.008 and pairs.count_nonzero() == 9
+    assert (pairs[2:, :3] - 1 / 9).abs().max() < 0.008 and pairs.count_nonzero() == 9
     for labels in (m, targets):
         assert (torch.bincount(labels, minlength=K) / B - 1 / K).abs().max() < 0.01
 

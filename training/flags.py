@@ -6,7 +6,7 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,6 +139,13 @@ RESUME_MAY_CHANGE = frozenset({
     "resume", "cuda", "log_interval", "save_every", "threads", "runs_folder", "no_cuda_graph", "accumulate",
     "collective_timeout", "stop_after",
 })  # fmt: skip
+
+
+def add_recipe_flag(parser: argparse.ArgumentParser, recipes: Iterable[str]) -> None:
+    """Add --recipe, which names a set of flags."""
+    parser.add_argument(
+        "--recipe", choices=sorted(recipes), help="set several flags; flags on the command line override it"
+    )
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -42,6 +42,7 @@ class LearningRate:
         self.optimizer = optimizer
         self.tensor = torch.tensor(lr, device=device) if device.type == "cuda" else None
         self.plateau_factor, self.best_loss, self.bad_epochs = 1.0, math.inf, 0
+        self.cosine_start = warmup  # the last step with the full rate; a task may set it
         self.current = self.rate_at(1)
         if warmup >= total_steps:
             warn(
@@ -56,8 +57,8 @@ class LearningRate:
             return lr * step / self.warmup
         if self.schedule != "cosine":
             return lr
-        peak = max(1, self.warmup)  # the step with the whole rate
-        progress = (step - peak) / max(1, self.total_steps + 1 - peak)  # 1 at the step after the last one
+        peak = max(1, self.warmup, self.cosine_start)
+        progress = max(0, step - peak) / max(1, self.total_steps + 1 - peak)  # 1 after the last step
         return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def set(self, step: int) -> None:
@@ -81,13 +82,13 @@ class LearningRate:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain data."""
-        names = ("plateau_factor", "best_loss", "bad_epochs", "total_steps")
+        names = ("plateau_factor", "best_loss", "bad_epochs", "total_steps", "cosine_start")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Restore what `state_dict` returned, after `step` steps and after the optimiser was restored."""
         self.plateau_factor, self.best_loss = float(state["plateau_factor"]), float(state["best_loss"])
-        self.bad_epochs = int(state["bad_epochs"])
+        self.bad_epochs, self.cosine_start = int(state["bad_epochs"]), int(state["cosine_start"])
         if self.schedule == "cosine" and state["total_steps"] != self.total_steps:
             warn("the length of the run has changed: the learning rate jumps to the new cosine")
         for group in self.optimizer.param_groups:  # the run may have been on another kind of device

@@ -169,10 +169,9 @@ class Trainer:
         processes.check_batch("--batch-size", args.batch_size, args.accumulate)
         processes.share_weights(self.model)
         rows = task.examples // args.accumulate
-        self.pieces = [slice(start, start + rows) for start in range(0, task.examples, rows)]
         alone = processes.alone
         self.replicas = devices.wrap_data_parallel(self.model, device, rows) if alone else self.model
-        self.gradients = None if alone and len(self.pieces) == 1 else FlatGradients(self.model.parameters())
+        self.gradients = None if alone and args.accumulate == 1 else FlatGradients(self.model.parameters())
         self.optimizer = optimizer(lr=args.lr, fused=True, capturable=device.type == "cuda")
         self.lr = LearningRate(args.lr, args.schedule, args.warmup, task.total_steps, self.optimizer, device)
         # Sums since the last report, the last one of gradient norms. They stay on the device: reading them
@@ -229,8 +228,9 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         else:
             self.gradients.flat.zero_()
-        state = self.task.state
-        for piece in self.pieces:
+        state, rows = self.task.state, len(inputs[0]) // self.args.accumulate
+        for start in range(0, len(inputs[0]), rows):
+            piece = slice(start, start + rows)
             started = time.perf_counter()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 objective, sums, after = self.task.losses(
