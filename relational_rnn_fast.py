@@ -11,20 +11,24 @@ Three things make it fast:
       products over many time steps; one small product per step would read and write the whole weight T times.
 
 The hand-written pass supports only plain linear layers and layer norms. The class runs the loop of
-RelationalMemory if a layer was replaced or has hooks, for a single step without gradients, and under
-torch.func, torch.compile, torch.export and torch.jit.trace.
+RelationalMemory if a layer was replaced or has hooks, if the results of the two files differ after an edit
+(_difference), for a single step without gradients, and under torch.func, torch.compile, torch.export and
+torch.jit.trace.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import math
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from relational_rnn_general import NORM_EPSILON, AttentionBlock, RelationalMemory, RowMLP
@@ -35,6 +39,10 @@ WAITING_ROWS = 512
 
 aten = torch.ops.aten
 
+# torch has no public way to list hooks. These dictionaries exist in torch 2.6 to 2.14.
+_HOOKS = ("forward_pre", "forward", "backward_pre", "backward")
+_GLOBAL_HOOKS = [getattr(torch_module, f"_global_{kind}_hooks") for kind in _HOOKS]
+
 
 class FastRelationalMemory(RelationalMemory):
     """RelationalMemory with a faster forward and backward pass over sequences.
@@ -42,15 +50,18 @@ class FastRelationalMemory(RelationalMemory):
     Arguments, parameters, state_dict, methods and results are those of RelationalMemory. Second derivatives
     (create_graph=True) and batched gradients (is_grads_batched=True) raise RuntimeError.
 
-    If a submodule has been replaced or has hooks, or a torch.func transform is active, the loop of
-    RelationalMemory runs, with one warning per process.
+    If a submodule has been replaced or has hooks, a torch.func transform is active, or the two files compute
+    different results after an edit, the loop of RelationalMemory runs, with one warning per reason.
     """
 
-    _warned = False
+    _warned: set[str] = set()
 
     def _run(self, inputs, memory, mask, resets, reset_memory):
-        if not self._can_scan(inputs):
-            return super()._run(inputs, memory, mask, resets, reset_memory)
+        run = self._scan if self._can_scan(inputs) else super()._run
+        return run(inputs, memory, mask, resets, reset_memory)
+
+    def _scan(self, inputs, memory, mask, resets, reset_memory):
+        """Do what RelationalMemory._run does with the hand-written pass."""
         device, lower = inputs.device.type, None
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and memory.dtype == torch.float32:
@@ -63,7 +74,6 @@ class FastRelationalMemory(RelationalMemory):
             if lower is not None:
                 weights = [w.to(lower) if w.dim() == 2 else w for w in weights]
             memory = memory.contiguous()
-            mask = None if mask is None else mask.to(memory.dtype)
             if resets is not None:
                 resets = resets.t().contiguous()[:, :, None, None]  # (T, B, 1, 1)
                 reset_memory = reset_memory.contiguous()
@@ -82,29 +92,41 @@ class FastRelationalMemory(RelationalMemory):
         if inputs.size(1) == 1 and not torch.is_grad_enabled():
             return False  # with one step there is nothing to hoist, and the loop has less to prepare
         reason = self._obstacle()
-        if reason is not None and not FastRelationalMemory._warned:
-            FastRelationalMemory._warned = True
+        if reason is not None and reason not in FastRelationalMemory._warned:
+            FastRelationalMemory._warned.add(reason)
             warnings.warn(
                 f"FastRelationalMemory runs the slower loop of RelationalMemory because {reason}. The "
-                "results are correct. This warning is shown once.",
-                stacklevel=4,
+                "results are those of RelationalMemory; docs/change_the_maths.md says how to make it fast "
+                "again. This warning is shown once.",
+                stacklevel=6,  # the line that calls the core
             )
         return reason is None
 
     def _obstacle(self) -> str | None:
         """Return why the hand-written pass would differ from calling the submodules, or None."""
+        # Without public counterparts; both names exist in torch 2.6 to 2.14.
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
-        if _has_any_global_hook():
+        if any(_GLOBAL_HOOKS):
             return "a hook is registered for all modules"
-        kind = type(self)
-        if kind._advance is not RelationalMemory._advance or kind.gates is not RelationalMemory.gates:
-            return f"{kind.__name__} overrides the step"
+        for name in ("_advance", "gates"):  # on the class or on this object
+            if getattr(getattr(self, name), "__func__", None) is not getattr(RelationalMemory, name):
+                return f"{type(self).__name__} overrides {name}"
+        sizes = self.num_heads, self.key_size, self.head_size
+        for index, block in enumerate(self.blocks):
+            if (
+                isinstance(block, AttentionBlock)
+                and (block.num_heads, block.key_size, block.head_size) != sizes
+            ):
+                return f"its submodule blocks.{index} has other sizes"
         for module, kind in self._called_modules():
             if not _is_plain(module, kind):
                 name = next(name for name, found in self.named_modules() if found is module)
                 return f"its submodule {name} was replaced or has hooks"
-        return None
+        rows = min(self.input_rows, 2)
+        structure = min(self.mem_slots, 2), self.num_blocks, self.gate_style, self.attention_mlp_layers, rows
+        step = RelationalMemory._advance, RelationalMemory.gates, AttentionBlock.forward, RowMLP.forward
+        return _difference(structure, RelationalMemory._run, *step)
 
     def _called_modules(self) -> Iterator[tuple[nn.Module, type]]:
         """The submodules that the loop calls, each with the type that the hand-written pass assumes."""
@@ -184,16 +206,51 @@ def _is_plain(module: nn.Module, kind: type) -> bool:
         parametrized = parametrize.is_parametrized(module)
         if not parametrized or parametrize.type_before_parametrizations(module) is not kind:
             return False
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if any(getattr(module, f"_{kind}_hooks") for kind in _HOOKS):
         return False
     if "forward" in vars(module) or (kind is nn.LayerNorm and module.eps != NORM_EPSILON):
         return False
     return kind not in (nn.Linear, nn.LayerNorm) or module.bias is not None
+
+
+_comparing = threading.Lock()  # replicas of DataParallel run in threads
+
+
+@functools.cache
+def _difference(structure: tuple, *loop: Callable) -> str | None:
+    """Return None if the loop and the hand-written pass agree on a small core, else what is wrong.
+
+    Once per process, structure and loop, this compares outputs and gradients of 2 sequences of 3 steps, in
+    float64 on the CPU.
+    """
+    slots, blocks, gate_style, layers, rows = structure
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def compare() -> str | None:
+        with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator
+            core = FastRelationalMemory(slots, 2, 3, 2, blocks, 0.5, -0.3, gate_style, layers, 4, True, rows)
+        core.double().load_state_dict({name: draw(*p.shape) for name, p in core.named_parameters()})
+        given = draw(2, 3, rows, 3), draw(2, *core.state_size), draw(2, *core.state_size)
+        mask, factor = draw(2, *core.state_size).detach(), draw(2, 3, core.output_size)
+        resets, results = torch.tensor([[False, True, False], [False, False, False]]), []
+        for run in (RelationalMemory._run, FastRelationalMemory._scan):
+            outputs, last = run(core, *given[:2], mask, resets, given[2])
+            loss = (outputs * factor).sum() + last.square().sum()
+            leaves = (*given, *core.parameters())
+            results.append([outputs, last, *torch.autograd.grad(loss, leaves, materialize_grads=True)])
+        if all(torch.allclose(x, y, rtol=1e-7, atol=1e-9) for x, y in zip(*results, strict=True)):
+            return None
+        return "relational_rnn_general.py and relational_rnn_fast.py compute different results"
+
+    # In a thread of its own, no mode of the caller is active: no_grad, autocast, a default device and others.
+    with _comparing, concurrent.futures.ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(compare).result()
+        except Exception as error:  # an edited loop may not work with these sizes
+            return f"relational_rnn_fast.py could not be compared with relational_rnn_general.py ({error})"
 
 
 class _Scan(torch.autograd.Function):

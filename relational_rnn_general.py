@@ -1,8 +1,10 @@
 """Relational Memory Core (Santoro et al. 2018, arXiv:1806.01822, section 3), with the maths of DeepMind's
 original module.
 
-This file imports torch only and can be copied into another project as it is. relational_rnn_fast.py has a
-faster class with the same parameters and results.
+This file imports only torch and can be copied into another project as it is. relational_rnn_fast.py has a
+faster class with the same parameters and results, whose hand-written pass repeats the maths of this file.
+After an edit here that class finds that the results differ, warns once and runs the loop of this file, in
+training too (docs/change_the_maths.md).
 
 Shapes named in the comments of this file:
     B batch   T time steps   N mem_slots   M input_rows   R = N + M rows that attend to each other
@@ -24,7 +26,7 @@ no parameter depends on mem_slots, and permuting the slots of the memory permute
 
 import math
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +55,7 @@ class RowMLP(nn.ModuleList):
     """Linear layers with a ReLU between them, applied to each row."""
 
     def forward(self, rows: Tensor) -> Tensor:
+        # Repeated in relational_rnn_fast.py.
         for index, linear in enumerate(self):
             rows = linear(F.relu(rows) if index > 0 else rows)
         return rows
@@ -76,6 +79,7 @@ class AttentionBlock(nn.Module):
         Returns:
             The new rows (B, R, D) and the attention weights (B, H, R, R).
         """
+        # Repeated in relational_rnn_fast.py.
         dtype = rows.dtype  # results whose precision autocast has lowered are converted back to it
         qkv = self.qkv_norm(self.qkv_projection(rows).to(dtype))  # (B, R, H * (2K + V))
         qkv = qkv.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, R, 2K + V)
@@ -109,7 +113,6 @@ class RelationalMemory(nn.Module):
 
     Raises:
         ValueError: an argument outside its range. The message names it.
-        TypeError: an unknown argument.
     """
 
     def __init__(
@@ -127,40 +130,37 @@ class RelationalMemory(nn.Module):
         return_all_outputs: bool = False,
         input_rows: int = 1,
         init_scale: float = 1.0,
-        **unknown: Any,
     ):
         super().__init__()
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no argument {', '.join(map(repr, unknown))}. For arguments of "
-                "other ports of this core, see docs/migrating.md."
-            )
         if gate_style not in GATE_STYLES:
             raise ValueError(f"gate_style must be 'unit', 'memory' or None, got {gate_style!r}")
-        self.mem_slots = _integer("mem_slots", mem_slots)
-        self.head_size = _integer("head_size", head_size)
-        self.input_size = _integer("input_size", input_size)
-        self.num_heads = _integer("num_heads", num_heads)
-        self.num_blocks = _integer("num_blocks", num_blocks)
+        self.mem_slots = as_integer("mem_slots", mem_slots)
+        self.head_size = as_integer("head_size", head_size)
+        self.input_size = as_integer("input_size", input_size)
+        self.num_heads = as_integer("num_heads", num_heads)
+        self.num_blocks = as_integer("num_blocks", num_blocks)
         self.forget_bias = _finite("forget_bias", forget_bias)
         self.input_bias = _finite("input_bias", input_bias)
         self.gate_style = gate_style
-        self.attention_mlp_layers = _integer("attention_mlp_layers", attention_mlp_layers)
-        self.key_size = _integer("key_size", 0 if key_size is None else key_size, minimum=0) or head_size
+        self.attention_mlp_layers = as_integer("attention_mlp_layers", attention_mlp_layers)
+        self.key_size = (
+            as_integer("key_size", 0 if key_size is None else key_size, minimum=0) or self.head_size
+        )
         self.return_all_outputs = return_all_outputs
-        self.input_rows = _integer("input_rows", input_rows)
+        self.input_rows = as_integer("input_rows", input_rows)
         self.init_scale = _finite("init_scale", init_scale)
         if self.init_scale <= 0:
             raise ValueError(f"init_scale must be above 0, got {init_scale!r}")
-        self.mem_size = num_heads * head_size
+        self.mem_size = self.num_heads * self.head_size
 
-        sizes = (num_heads, self.key_size, head_size)
-        self.input_projection = nn.Linear(input_size, self.mem_size)
-        self.blocks = nn.ModuleList(AttentionBlock(*sizes) for _ in range(num_blocks))
-        self.mlp = RowMLP(nn.Linear(self.mem_size, self.mem_size) for _ in range(attention_mlp_layers))
+        sizes = (self.num_heads, self.key_size, self.head_size)
+        self.input_projection = nn.Linear(self.input_size, self.mem_size)
+        self.blocks = nn.ModuleList(AttentionBlock(*sizes) for _ in range(self.num_blocks))
+        layers = range(self.attention_mlp_layers)
+        self.mlp = RowMLP(nn.Linear(self.mem_size, self.mem_size) for _ in layers)
         if gate_style is not None:
             gate_size = 2 * (self.mem_size if gate_style == "unit" else 1)
-            self.input_gate_projection = nn.Linear(input_rows * self.mem_size, gate_size)
+            self.input_gate_projection = nn.Linear(self.input_rows * self.mem_size, gate_size)
             self.memory_gate_projection = nn.Linear(self.mem_size, gate_size)
         self.reset_parameters()
 
@@ -170,6 +170,8 @@ class RelationalMemory(nn.Module):
         memory: Tensor,
         return_details: bool = False,
         candidate_mask: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_memory: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, StepDetails]:
         """Advance the memory by one time step.
 
@@ -177,7 +179,8 @@ class RelationalMemory(nn.Module):
             input_t: input of this step, (B, ...), flattened to input_size; with input_rows > 1, (B, M, ...).
             memory: memory before the step, (B, N, D).
             return_details: whether to return the gates and the attention weights of this step as well.
-            candidate_mask: as in forward.
+            candidate_mask, reset_memory: as in forward.
+            resets: bool, (B,). Where True, a new sequence starts at this step.
 
         Returns:
             The memory after the step, (B, N, D). Its rows flattened are the output. With return_details, also
@@ -189,6 +192,9 @@ class RelationalMemory(nn.Module):
         input_t = self._checked_inputs(input_t, leading=("B",))
         memory = self._checked_memory("memory", memory, input_t)
         mask = self._checked_mask(candidate_mask, memory)
+        reset_memory = self._checked_resets(resets, reset_memory, input_t, leading=("B",))
+        if resets is not None:
+            memory = torch.where(resets[:, None, None], reset_memory, memory)
         after, details = self._advance(input_t, memory, mask)
         return (after, details) if return_details else after
 
@@ -196,6 +202,7 @@ class RelationalMemory(nn.Module):
         self, input_t: Tensor, memory: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, StepDetails]:
         """One step from input_t (B, M, input_size) and memory (B, N, D)."""
+        # Repeated in relational_rnn_fast.py, like `gates`.
         rows = self.input_projection(input_t)  # (B, M, D)
         attended, attention = torch.cat([memory, rows], dim=1), []  # (B, R, D), the [M; x] of eq. 2
         for block in self.blocks:
@@ -247,7 +254,8 @@ class RelationalMemory(nn.Module):
                 mask gets no gradient.
             resets: bool, (B, T). Where True, a new sequence starts at that step: the memory before the step
                 is reset_memory, and no gradient reaches the steps before it.
-            reset_memory: memory of a sequence that is reset, (B, N, D). None means the initial state.
+            reset_memory: memory of a sequence that is reset, (B, N, D), or (1, N, D) for all sequences. None
+                means the initial state.
 
         Returns:
             outputs: (B, T, N * D) with return_all_outputs, else the last step's (B, N * D).
@@ -262,15 +270,10 @@ class RelationalMemory(nn.Module):
         inputs = self._checked_inputs(inputs, leading=("B", "T"))  # (B, T, M, input_size)
         memory = self._checked_memory("memory", memory, inputs)
         mask = self._checked_mask(candidate_mask, memory)
-        if resets is not None:
-            expected, found = tuple(inputs.shape[:2]), tuple(resets.shape)
-            if resets.dtype != torch.bool or found != expected:
-                raise ValueError(
-                    f"resets must be bool of shape (B, T) = {expected}, got {resets.dtype} of shape {found}"
-                )
-            reset_memory = self._checked_memory("reset_memory", reset_memory, inputs)
+        reset_memory = self._checked_resets(resets, reset_memory, inputs, leading=("B", "T"))
         outputs, memory = self._run(inputs, memory, mask, resets, reset_memory)
-        return outputs if self.return_all_outputs else memory.flatten(1), memory
+        # A copy, so that changing the output in place does not change the memory.
+        return outputs if self.return_all_outputs else memory.flatten(1).clone(), memory
 
     def _run(
         self,
@@ -468,16 +471,43 @@ class RelationalMemory(nn.Module):
             raise ValueError(
                 f"candidate_mask must have the memory's shape {tuple(memory.shape)}, got {tuple(mask.shape)}"
             )
-        return None if mask is None else mask.detach()
+        return None if mask is None else mask.detach().to(memory.dtype)
+
+    def _checked_resets(
+        self, resets: Tensor | None, reset_memory: Tensor | None, inputs: Tensor, leading: tuple[str, ...]
+    ) -> Tensor | None:
+        """Return the memory of sequences that are reset, (B, N, D); None without resets."""
+        if resets is None:
+            if reset_memory is not None:
+                raise ValueError("reset_memory has no effect without resets. Give both or omit both.")
+            return None
+        expected = tuple(inputs.shape[: len(leading)])
+        if not isinstance(resets, Tensor):
+            raise TypeError(
+                f"resets must be a tensor, got a {type(resets).__name__}. Convert it with torch.as_tensor."
+            )
+        if resets.dtype != torch.bool or tuple(resets.shape) != expected:
+            raise ValueError(
+                f"resets must be bool of shape ({', '.join(leading)}) = {expected}, got {resets.dtype} of "
+                f"shape {tuple(resets.shape)}"
+            )
+        if isinstance(reset_memory, Tensor) and reset_memory.shape == (1, *self.state_size):
+            reset_memory = reset_memory.expand(len(inputs), -1, -1)
+        return self._checked_memory("reset_memory", reset_memory, inputs)
 
 
-def _integer(name: str, value: int, minimum: int = 1) -> int:
+def as_integer(name: str, value: int, minimum: int = 1) -> int:
+    """Return the value as an int.
+
+    Raises:
+        ValueError: it is not an integer of at least `minimum`. The message has the argument's name.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:  # Integral: numpy's too
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     return int(value)
 
 
 def _finite(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)

@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor
 from torch.func import functional_call
 
-from layers.language_model import LanguageModel, check_probability, check_size, constructor_arguments
+from layers.language_model import LanguageModel, check_probability
 from layers.regularisation import drop_weights, dropout_mask
 from relational_rnn_fast import FastRelationalMemory
+from relational_rnn_general import as_integer
 
-# RelationalMemory's keyword arguments in the published language model.
-PUBLISHED_CORE = {
+# RelationalMemory's keyword arguments in the language model of L0SG/relational-rnn-pytorch.
+CORE_DEFAULTS = {
     "mem_slots": 1,
     "head_size": 192,
     "num_heads": 4,
@@ -40,7 +41,7 @@ class RelationalMemoryLM(LanguageModel):
             memory; what the memory already holds stays, which needs gates. The place is that of Semeniuta
             et al. 2016 (arXiv:1603.05118), with one mask for all steps of a window as in Gal & Ghahramani
             2016 (arXiv:1512.05287).
-        core: keyword arguments of RelationalMemory; PUBLISHED_CORE has the defaults.
+        core: keyword arguments of RelationalMemory; CORE_DEFAULTS has the defaults.
 
     Raises:
         ValueError: an argument is outside its range; the message names it.
@@ -60,8 +61,20 @@ class RelationalMemoryLM(LanguageModel):
         dropout_candidate: float = 0.0,
         **core: Any,
     ):
-        core = PUBLISHED_CORE | core
-        config = constructor_arguments(locals())
+        core = CORE_DEFAULTS | core
+        config = {
+            "vocab_size": as_integer("vocab_size", vocab_size),
+            "embedding_size": as_integer("embedding_size", embedding_size),
+            "dropout_input": dropout_input,
+            "dropout_output": dropout_output,
+            "cutoffs": None if cutoffs is None else list(cutoffs),
+            "tied": tied,
+            "locked_dropout": locked_dropout,
+            "dropout_words": dropout_words,
+            "dropout_weights": dropout_weights,
+            "dropout_candidate": dropout_candidate,
+            **core,
+        }
         check_probability("dropout_candidate", dropout_candidate)
         if dropout_candidate and core["gate_style"] is None:
             raise ValueError(
@@ -69,7 +82,6 @@ class RelationalMemoryLM(LanguageModel):
                 "replaces the memory, and dropped features would be lost. Set gate_style (--gatestyle) to "
                 "'unit' or 'memory', or use another dropout."
             )
-        check_size("embedding_size", embedding_size)  # checked here because the core's name is input_size
         memory = FastRelationalMemory(input_size=embedding_size, return_all_outputs=True, **core)
         super().__init__(config, memory.output_size)
         self.core = memory
@@ -81,14 +93,14 @@ class RelationalMemoryLM(LanguageModel):
 
     def recur(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run the core: embedded (T, B, E) to features (T, B, mem_slots * mem_size)."""
-        dropped, mask = {}, None
+        inputs, mask = embedded.transpose(0, 1), None
+        if self.training and self.dropout_candidate:
+            mask = dropout_mask(state, state.shape, self.dropout_candidate)
         if self.training and self.dropout_weights:
             dropped = drop_weights(self.recurrent_weights(), self.dropout_weights)
-        if self.training and self.dropout_candidate:
-            mask = dropout_mask(state, state.shape, self.dropout_candidate).to(state.dtype)
-        outputs, memory = functional_call(
-            self.core, dropped, (embedded.transpose(0, 1), state), {"candidate_mask": mask}
-        )
+            outputs, memory = functional_call(self.core, dropped, (inputs, state, mask))
+        else:
+            outputs, memory = self.core(inputs, state, mask)
         return outputs.transpose(0, 1), memory
 
     def recurrent_weights(self) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.fused import fused_precision
-from layers.language_model import LanguageModel, check_probability, check_size, constructor_arguments
+from layers.language_model import LanguageModel, check_probability
 from layers.regularisation import drop_weights, dropout, dropout_mask
+from relational_rnn_general import as_integer
 
 # With weight drop, cuDNN copies the weights into one block of memory at every call and warns each time. The
 # filter is global because warnings.catch_warnings is not safe in the threads of DataParallel.
@@ -64,7 +65,24 @@ class RNNLM(LanguageModel):
         dropout_weights: float = 0.0,
         dropout_candidate: float = 0.0,
     ):
-        config = constructor_arguments(locals())
+        config = {
+            "vocab_size": as_integer("vocab_size", vocab_size),
+            "model": model,
+            "embedding_size": as_integer("embedding_size", embedding_size),
+            "hidden_size": as_integer("hidden_size", hidden_size),
+            "num_layers": as_integer("num_layers", num_layers),
+            "dropout_input": dropout_input,
+            "dropout_hidden": dropout_hidden,
+            "dropout_output": dropout_output,
+            "cutoffs": None if cutoffs is None else list(cutoffs),
+            "tied": tied,
+            "fused": fused,
+            "project": project,
+            "locked_dropout": locked_dropout,
+            "dropout_words": dropout_words,
+            "dropout_weights": dropout_weights,
+            "dropout_candidate": dropout_candidate,
+        }
         if model not in LAYERS:
             raise ValueError(f"model must be one of {', '.join(LAYERS)}, got {model!r}")
         check_probability("dropout_candidate", dropout_candidate)
@@ -74,8 +92,6 @@ class RNNLM(LanguageModel):
                 f"{model}{' as a fused layer' if fused else ''}. Use model='LSTM' and fused=False (--model "
                 "LSTM --no-cudnn), or dropout_weights (--dropout-weights), which works with every model."
             )
-        check_size("hidden_size", hidden_size)
-        check_size("num_layers", num_layers)
         check_probability("dropout_hidden", dropout_hidden)
         super().__init__(config, hidden_size)
         options = {"nonlinearity": model.removeprefix("RNN_").lower()} if model.startswith("RNN_") else {}

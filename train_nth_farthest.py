@@ -24,7 +24,7 @@ from training.trainer import Trainer
 
 import torch
 
-from tasks.nth_farthest import HOLD, MODELS, NthFarthest, NthFarthestModel, measure
+from tasks.nth_farthest import CORE_DEFAULTS, HOLD, MODELS, NthFarthest, NthFarthestModel, measure
 
 SCRIPT = "train_nth_farthest"
 OPTIMIZERS = {"adam": torch.optim.Adam, "muon": MuonWithAdam}
@@ -74,7 +74,7 @@ def build_parser() -> flags.Parser:
            "examples per step in these stages (default: --batch-size)")
     model = parser.add_argument_group("model")
     option(model, "--model", None, "rmc", None, "relational memory core, or LSTM baseline", choices=MODELS)
-    flags.add_core_flags(model, memslots=8, headsize=32, numheads=8, attmlplayers=2, keysize=0)
+    flags.add_core_flags(model, CORE_DEFAULTS)
     option(model, "--nhid", flags.positive_int, 512, "N", "hidden units of the LSTM")
     option(model, "--outputlayers", flags.layer_count, 4, "N", "ReLU layers between the core and the logits")
     option(model, "--outputunits", flags.positive_int, 256, "N", "units of each of these layers")

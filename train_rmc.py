@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from training import distributed, flags, trainer
 
-from relational_rnn_models import RelationalMemoryLM
+from relational_rnn_models import CORE_DEFAULTS, RelationalMemoryLM
 from tasks import language_flags, language_modelling
 
 RECIPES = {
@@ -37,7 +37,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser("train_rmc", __doc__)
     core = parser.add_argument_group("relational memory core")
     flags.option(core, "--emsize", flags.positive_int, 192, "UNITS", "size of a word's embedding")
-    flags.add_core_flags(core, memslots=1, headsize=192, numheads=4, attmlplayers=3, keysize=64)
+    flags.add_core_flags(core, CORE_DEFAULTS)
     language_flags.add_dropout_flags(
         core, "the memory's gates and the queries, keys and values", "what is written into the memory"
     )

@@ -19,8 +19,8 @@ class LanguageModel(nn.Module):
     """Embedding, dropout, recurrent part, projection to the embedding's size, dropout, output layer.
 
     Args:
-        config: the model's constructor arguments as plain data: `type(model)(**model.config)` has the same
-            shape. The entries used here:
+        config: the model's constructor arguments as plain data, its sizes checked:
+            `type(model)(**model.config)` has the same shape. The entries used here:
                 vocab_size: number of words V.
                 embedding_size: features E of a word's embedding.
                 dropout_input: dropout probability on the embedded words.
@@ -42,8 +42,6 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         vocab_size, embedding_size = config["vocab_size"], config["embedding_size"]
-        check_size("vocab_size", vocab_size)
-        check_size("embedding_size", embedding_size)
         for name in ("dropout_input", "dropout_output", "dropout_words", "dropout_weights"):
             check_probability(name, config[name])
         self.vocab_size = vocab_size
@@ -114,23 +112,6 @@ class LanguageModel(nn.Module):
         """Return log-probabilities of the word after tokens (B, T), (B, V), and the next state."""
         hidden, state = self.hidden(tokens, state)
         return self.output_layer.log_probabilities(hidden[-1]), state
-
-
-def constructor_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Return a constructor's arguments as plain data; call it first with locals().
-
-    The entries of a **core argument are merged into the result.
-    """
-    config = {name: value for name, value in given.items() if name not in ("self", "__class__", "core")}
-    if config.get("cutoffs") is not None:
-        config["cutoffs"] = list(config["cutoffs"])
-    return config | given.get("core", {})
-
-
-def check_size(name: str, value: int) -> None:
-    """Raise ValueError unless value is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def check_probability(name: str, value: float) -> None:

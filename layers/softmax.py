@@ -78,7 +78,7 @@ class AdaptiveSoftmax(nn.Module):
         self.cutoffs = cutoffs
         self.bounds = list(zip(cutoffs, [*cutoffs[1:], vocab_size], strict=True))
         # On the targets' device, to compare them with; not in checkpoints.
-        self.register_buffer("starts", torch.tensor(cutoffs), persistent=False)
+        self.register_buffer("starts", torch.tensor([*cutoffs, vocab_size]), persistent=False)
         self.head = nn.Linear(embedding_size, cutoffs[0] + len(self.bounds))
         # A cluster's entry starts with its number of words: all words start out equally likely.
         nn.init.zeros_(self.head.bias)
@@ -94,12 +94,21 @@ class AdaptiveSoftmax(nn.Module):
             )
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
-        # 0 for a word of the head (and for padding), i + 1 for one of cluster i.
+        """Return the sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,).
+
+        Raises:
+            IndexError: a target is not below the vocabulary size.
+        """
+        # 0 for a word of the head (and for padding), i + 1 for one of cluster i, the last for no word.
         part = torch.bucketize(targets.contiguous(), self.starts, right=True)
         # The number of rows per cluster depends on the data: here the host waits for a GPU.
-        counts = (part.unsqueeze(1) == torch.arange(len(self.bounds) + 1, device=part.device)).sum(0).tolist()
-        _, *rows_of = part.argsort(stable=True).split(counts)
+        counts = (part.unsqueeze(1) == torch.arange(len(self.bounds) + 2, device=part.device)).sum(0).tolist()
+        _, *rows_of, beyond = part.argsort(stable=True).split(counts)
+        if len(beyond):
+            size = self.bounds[-1][1]
+            raise IndexError(
+                f"target {targets[beyond[0]]} is out of bounds for a vocabulary of {size:,} words"
+            )
         nats = _widened(hidden.new_zeros(()))
         for (project, score), (low, _), rows in zip(self.tail, self.bounds, rows_of, strict=True):
             # A cluster without targets stays in the graph: its gradient is then zero instead of None, which

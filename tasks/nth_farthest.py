@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.fused import fused_precision
-from layers.language_model import check_size, constructor_arguments
 from relational_rnn_fast import FastRelationalMemory
+from relational_rnn_general import as_integer
 
 KIND = "nth_farthest"
 MODELS = ("rmc", "lstm")
@@ -47,7 +47,7 @@ FINAL_TEST_FACTOR = 4
 HOLD = 3  # reports in a row that must reach the target accuracy
 
 # RelationalMemory's keyword arguments in the paper's model of this task.
-PUBLISHED_CORE = {
+CORE_DEFAULTS = {
     "mem_slots": 8,
     "head_size": 32,
     "num_heads": 8,
@@ -127,7 +127,7 @@ class NthFarthestModel(nn.Module):
         head_layers, head_units: number and width of the MLP's hidden ReLU layers.
         input_scale: factor on the vectors' coordinates (not on the one-hot parts); 1 in the paper.
         memory_scale: factor on the identity matrix that is the initial memory; 1 in the paper.
-        core: keyword arguments of RelationalMemory; PUBLISHED_CORE has the defaults.
+        core: keyword arguments of RelationalMemory; CORE_DEFAULTS has the defaults.
 
     Raises:
         ValueError: an argument is outside its range; the message names it.
@@ -145,12 +145,20 @@ class NthFarthestModel(nn.Module):
         memory_scale: float = 1.0,
         **core: Any,
     ):
-        core = PUBLISHED_CORE | core
-        config = constructor_arguments(locals())
         super().__init__()
-        self.config = config  # plain data for a checkpoint: NthFarthestModel(**config) has the same shape
-        for name in ("num_vectors", "num_dims", "hidden_size", "head_layers", "head_units"):
-            check_size(name, config[name])
+        core = CORE_DEFAULTS | core
+        # Plain data for a checkpoint: NthFarthestModel(**config) has the same shape.
+        self.config = config = {
+            "num_vectors": as_integer("num_vectors", num_vectors),
+            "num_dims": as_integer("num_dims", num_dims),
+            "model": model,
+            "hidden_size": as_integer("hidden_size", hidden_size),
+            "head_layers": as_integer("head_layers", head_layers),
+            "head_units": as_integer("head_units", head_units),
+            "input_scale": input_scale,
+            "memory_scale": memory_scale,
+            **core,
+        }
         for name in ("input_scale", "memory_scale"):
             value = config[name]
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -130,13 +130,34 @@ def test_resets_equal_a_loop_of_steps_with_where_in_results_and_gradients(option
     assert ours[1][0].any() and not ours[1][1].any()  # the second sequence is reset at its first step
 
 
+def test_steps_with_resets_equal_the_sequence_and_one_row_resets_the_batch(kind):
+    core, inputs, row = make_core(kind), randn(B, T, INPUT), randn(1, N, D, requires_grad=True, seed=3)
+    resets = torch.tensor([[False, True, False, True, False], [True, False, False, False, True]])
+    for given in (row, None):
+        outputs, final = core(inputs, resets=resets, reset_memory=given)
+        memory = core.initial_state(B)
+        for t in range(T):
+            memory = core.step(inputs[:, t], memory, resets=resets[:, t], reset_memory=given)
+            torch.testing.assert_close(outputs[:, t], memory.flatten(1), rtol=0, atol=1e-12)
+        if given is not None:
+            gradients = (torch.autograd.grad(x.sum(), row)[0] for x in (final, memory))
+            torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
 def test_resets_of_another_type_or_shape_are_refused(kind):
-    core, inputs = make_core(kind), randn(B, T, INPUT)
+    core, inputs, fits = make_core(kind), randn(B, T, INPUT), torch.zeros(B, T, dtype=torch.bool)
     for resets in (torch.zeros(B, T), torch.zeros(T, B, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"resets must be bool of shape \(B, T\) = \(2, 5\), got"):
             core(inputs, resets=resets)
+    with pytest.raises(ValueError, match=r"resets must be bool of shape \(B\) = \(2,\), got torch.bool of"):
+        core.step(inputs[:, 0], core.initial_state(B), resets=fits)
+    for resets in (fits.tolist(), fits.numpy()):
+        with pytest.raises(TypeError, match="resets must be a tensor, got a (list|ndarray). .*as_tensor"):
+            core(inputs, resets=resets)
     with pytest.raises(ValueError, match="reset_memory must have shape"):
-        core(inputs, resets=torch.zeros(B, T, dtype=torch.bool), reset_memory=randn(B, N, D + 1))
+        core(inputs, resets=fits, reset_memory=randn(B, N, D + 1))
+    with pytest.raises(ValueError, match="reset_memory has no effect without resets"):
+        core(inputs, reset_memory=randn(B, N, D))
 
 
 @pytest.mark.parametrize("gate_style", ["unit", None])
@@ -147,9 +168,12 @@ def test_candidate_mask_multiplies_the_candidate_and_gets_no_gradient(gate_style
     outputs, final = core(inputs, memory, candidate_mask=mask)
     torch.testing.assert_close(final, torch.zeros_like(memory) if gate_style is None else memory)
     assert torch.autograd.grad(final.sum(), mask, allow_unused=True)[0] is None
-    half = torch.full((B, N, D), 0.5)
+    half = torch.full((B, N, D), 0.5, dtype=torch.float32)  # converted to the memory's type
     stepped = core.step(inputs[:, 0], memory, candidate_mask=half)
-    torch.testing.assert_close(core(inputs[:, :1], memory, candidate_mask=half)[1], stepped)
+    outputs, _ = core(inputs[:, :2], memory, candidate_mask=half)
+    torch.testing.assert_close(outputs[:, 0], stepped.flatten(1))
+    single = make_core(kind).float()
+    assert single(inputs.float(), candidate_mask=half.double())[0].dtype == torch.float32
     with pytest.raises(ValueError, match=r"candidate_mask must have .* \(2, 3, 28\), got \(3, 28\)"):
         core(inputs, memory, candidate_mask=half[0])
 
@@ -236,6 +260,11 @@ def test_outputs_are_the_flattened_memories_of_all_steps_or_of_the_last(kind):
     core.return_all_outputs = False
     last, memory_again = core(inputs)
     assert torch.equal(last, memory.flatten(1)) and torch.equal(memory_again, memory)
+    with torch.no_grad():
+        last, memory_again = core(inputs)
+        last.zero_()  # the output shares nothing with the memory, and the memory nothing with other steps
+    assert torch.equal(memory_again, memory)
+    assert memory_again.untyped_storage().nbytes() == memory_again.nbytes
 
 
 def test_no_memory_means_the_initial_state(kind):
@@ -275,6 +304,8 @@ def test_autocast_lowers_products_only(blocks, kind):
         outputs, memory = core(inputs)
         _, details = core.step(inputs[:, 0], memory, return_details=True)
         from_lower, _ = core(inputs.bfloat16(), core.initial_state(B).bfloat16())
+        with pytest.raises(ValueError, match="inputs must be torch.float32, .* got torch.int64"):
+            core(inputs.long())
         loss = outputs.square().mean()
     loss.backward()
     assert {x.dtype for x in (outputs, memory, *details.attention, from_lower)} == {torch.float32}
@@ -304,14 +335,11 @@ def test_wrong_arguments_are_named_with_rule_and_value(argument, value):
         RelationalMemory(**options)
 
 
-def test_numpy_integers_are_accepted(kind):
-    core = kind(np.int64(2), np.int32(3), np.int64(5), num_heads=np.int64(4))
-    assert type(core.mem_slots) is int and core(torch.zeros(1, 1, 5))[1].shape == (1, 2, 12)
-
-
-def test_unknown_arguments_are_refused_with_the_page_on_migration(kind):
-    with pytest.raises(TypeError, match=r"has no argument 'num_tokens'.*docs/migrating.md"):
-        kind(2, 3, 5, num_tokens=9)
+def test_numpy_numbers_are_accepted_and_converted(kind):
+    core = kind(np.int64(2), np.int32(3), np.int64(5), num_heads=np.int64(4), forget_bias=np.float32(0.5))
+    assert {type(x) for x in (*core.state_size, core.output_size, core.key_size)} == {int}
+    assert {type(x) for x in core.blocks[0].qkv_norm.normalized_shape} == {int}
+    assert type(core.forget_bias) is float and core(torch.zeros(1, 1, 5))[1].shape == (1, 2, 12)
 
 
 @pytest.mark.parametrize(

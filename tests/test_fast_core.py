@@ -3,8 +3,10 @@
 import copy
 import itertools
 import pickle
+import threading
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 import relational_rnn_fast
 from relational_rnn_fast import FastRelationalMemory
-from relational_rnn_general import RelationalMemory
+from relational_rnn_general import AttentionBlock, RelationalMemory, RowMLP
 
 # All different: a swapped axis cannot pass by luck.
 B, T, N, H, V, K, INPUT = 2, 5, 3, 4, 7, 11, 13
@@ -43,11 +45,12 @@ def scans(monkeypatch):
     counted, window = [], relational_rnn_fast._Window.forward
 
     def forward(self, *given, **options):
-        counted.append(self)
+        if threading.current_thread() is threading.main_thread():  # not those of the comparison
+            counted.append(self)
         return window(self, *given, **options)
 
     monkeypatch.setattr(relational_rnn_fast._Window, "forward", forward)
-    monkeypatch.setattr(FastRelationalMemory, "_warned", False)
+    monkeypatch.setattr(FastRelationalMemory, "_warned", set())
     return counted
 
 
@@ -120,8 +123,9 @@ def test_folded_input_layers_with_several_input_rows_equal_the_plain_class(
         widths.append(weight.size(1))
         return affine(inputs, weight, bias, lower)
 
-    monkeypatch.setattr(relational_rnn_fast, "_affine", noting)
     plain, fast = make_pair(input_rows=3, input_size=input_size, gate_style=gate_style)
+    results(fast)  # compares the two files, with other sizes
+    monkeypatch.setattr(relational_rnn_fast, "_affine", noting)
     ours = results(fast, steps=20)
     assert widths[:2] == ([3, 9] if folded else [200, H * V])
     assert_equal(ours, results(plain, steps=20))
@@ -281,6 +285,21 @@ def backward_hook(core):
     )
 
 
+def backward_pre_hook(core):
+    core.mlp[0].register_full_backward_pre_hook(lambda module, grad_out: (grad_out[0] * 3,))
+
+
+def one_head(core):
+    weights = core.blocks[0].state_dict()
+    core.blocks[0] = AttentionBlock(1, H * K, H * V).double()
+    core.blocks[0].load_state_dict(weights)
+
+
+def own_gates(core):
+    gates = core.gates
+    core.gates = lambda rows, memory: tuple(gate / 2 for gate in gates(rows, memory))
+
+
 def pruned(core):
     prune.l1_unstructured(core.mlp[0], "weight", amount=0.5)
 
@@ -291,7 +310,8 @@ def new_weight_norm(core):
 
 
 SLOW = [
-    adapt, without_bias, other_epsilon, own_forward, forward_hook, block_hook, backward_hook, pruned,
+    adapt, without_bias, other_epsilon, own_forward, forward_hook, block_hook, backward_hook,
+    backward_pre_hook, one_head, own_gates, pruned,
 ]  # fmt: skip
 
 
@@ -304,7 +324,7 @@ def test_changed_modules_act_as_in_the_plain_class(change, scans):
         change(core)
     assert_equal(results(fast), results(plain))
     assert bool(scans) == (change not in SLOW)
-    if change not in (new_weight_norm, backward_hook):  # these do not change the outputs
+    if change not in (new_weight_norm, backward_hook, backward_pre_hook):  # these do not change the outputs
         assert not torch.allclose(fast(randn(B, T, INPUT))[0], unchanged)
 
 
@@ -317,6 +337,7 @@ def test_loop_warns_once_per_process_and_names_the_module(scans):
         core(randn(B, T, INPUT))
     messages = [str(w.message) for w in caught]
     assert len(messages) == 1 and "its submodule mlp.1 was replaced or has hooks" in messages[0]
+    assert caught[0].filename == __file__
     handle.remove()
     core(randn(B, T, INPUT))
     assert len(scans) == 1
@@ -337,8 +358,75 @@ def test_global_hooks_and_overridden_steps_are_respected(scans):
     halved = Halved(N, V, INPUT, num_heads=H, key_size=K, return_all_outputs=True).double()
     halved.load_state_dict(core.state_dict())
     inputs, memory = randn(B, 1, INPUT), randn(B, N, H * V)
-    FastRelationalMemory._warned = False
-    with pytest.warns(UserWarning, match="Halved overrides the step"):
+    with pytest.warns(UserWarning, match="Halved overrides gates"):
         outputs, _ = halved(inputs, memory)
     torch.testing.assert_close(outputs, core(inputs, memory)[0] / 2)
     assert len(scans) == 1
+
+
+# ---- edits of relational_rnn_general.py
+
+
+def coupled_gates(self, rows, memory, gates=RelationalMemory.gates):
+    """Eq. 7 with 1 - f in the place of i."""
+    _, forget_gate = gates(self, rows, memory)
+    return 1 - forget_gate, forget_gate
+
+
+def larger_rows(self, rows, mlp, forward=AttentionBlock.forward):
+    return forward(self, rows * 1.01, mlp)
+
+
+def relu_after_the_last(self, rows, forward=RowMLP.forward):
+    return forward(self, rows).relu()
+
+
+def half_memory(self, inputs, memory, *rest, run=RelationalMemory._run):
+    return run(self, inputs, memory / 2, *rest)
+
+
+def impossible(self, rows, memory, gates=RelationalMemory.gates):
+    return gates(self, rows, memory + memory.new_zeros(B, N, H * V))  # works with one size
+
+
+EDITS = [
+    (RelationalMemory, "gates", coupled_gates),
+    (AttentionBlock, "forward", larger_rows),
+    (RowMLP, "forward", relu_after_the_last),
+    (RelationalMemory, "_run", half_memory),
+    (RelationalMemory, "gates", impossible),
+]
+
+
+@pytest.mark.parametrize("kind, name, edit", EDITS, ids=[edit.__name__ for *_, edit in EDITS])
+def test_edit_of_the_plain_file_acts_in_the_fast_class_with_one_warning(kind, name, edit, scans, monkeypatch):
+    plain, fast = make_pair()
+    results(fast)
+    assert len(scans) == 2
+    monkeypatch.setattr(kind, name, edit)
+    with pytest.warns(UserWarning, match="relational_rnn_general.py") as caught:
+        found = [results(fast), results(fast)]
+    assert len([w for w in caught if "FastRelationalMemory runs the slower" in str(w.message)]) == 1
+    for ours in found:
+        assert_equal(ours, results(plain))
+
+
+def test_files_are_compared_once_in_any_mode_without_a_trace(scans):
+    """The comparison sees no mode of the caller and leaves the random state."""
+    _, core = make_pair(dtype=torch.float32)
+    modes = [
+        torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: 1 / 0, lambda x: x),
+    ]  # fmt: skip
+    state = torch.get_rng_state()
+    for layers, mode in enumerate(modes, start=5):
+        core.attention_mlp_layers = layers
+        with mode:
+            assert core._obstacle() is None
+    assert torch.equal(torch.get_rng_state(), state)
+    compared = relational_rnn_fast._difference.cache_info().misses
+    with ThreadPoolExecutor(8) as threads:
+        core.attention_mlp_layers = len(modes) + 5
+        assert set(threads.map(lambda _: core._obstacle(), range(8))) == {None}
+    assert relational_rnn_fast._difference.cache_info().misses > compared
+    assert torch.equal(torch.get_rng_state(), state)

@@ -72,10 +72,13 @@ def test_chunked_cross_entropy_and_gradients_equal_the_definition(rows, with_bia
 def test_label_with_vanishing_probability_has_its_exact_loss(dtype, with_bias):
     weight = torch.zeros(V, E, dtype=dtype)
     weight[:, 0] = torch.linspace(0.0, 1.0, V)
-    hidden = torch.tensor([1.0, 900.0, 2.0, 120.0, 1e4], dtype=dtype)[:, None] * torch.eye(1, E, dtype=dtype)
+    sizes = torch.tensor(
+        [1.0, 900.0, 2.0, 120.0, 98.0, 1e4], dtype=dtype
+    )  # 98: e^-98 is subnormal in float32
+    hidden = sizes[:, None] * torch.eye(1, E, dtype=dtype)
     bias = torch.linspace(-1.0, 1.0, V, dtype=dtype) if with_bias else None
     leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias) if leaf is not None]
-    targets = torch.tensor([0, 0, 4, 1, -100])
+    targets = torch.tensor([0, 0, 4, 1, 0, -100])
     results = [f(hidden, weight, bias, targets) for f in (linear_cross_entropy, plain_linear_cross_entropy)]
     assert results[1] > 900
     torch.testing.assert_close(*results)
@@ -178,3 +181,9 @@ def test_chosen_cutoffs():
 def test_bad_cutoffs_are_refused_with_a_suggestion(cutoffs):
     with pytest.raises(ValueError, match=r"cutoffs must be increasing.*size 23, got \[.*Try --cutoffs 5\."):
         AdaptiveSoftmax(E, V, cutoffs)
+
+
+@MAKE
+def test_target_beyond_the_vocabulary_is_refused_with_the_size(make):
+    with pytest.raises((IndexError, RuntimeError), match=r"\b23\b.*\b(23|out of bounds)\b.*23"):
+        make()(torch.randn(2, E), torch.tensor([1, 23]))

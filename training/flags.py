@@ -181,29 +181,26 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def add_core_flags(
-    group: argparse._ArgumentGroup,
-    memslots: int,
-    headsize: int,
-    numheads: int,
-    attmlplayers: int,
-    keysize: int,
-) -> None:
-    """Add the flags of the relational memory core, with these defaults."""
+def add_core_flags(group: argparse._ArgumentGroup, core: Mapping[str, Any]) -> None:
+    """Add the flags of the relational memory core. `core` has their defaults by the core's own names."""
     # fmt: off
-    option(group, "--memslots", positive_int, memslots, "N", "rows of the memory matrix")
-    option(group, "--headsize", positive_int, headsize, "UNITS",
+    option(group, "--memslots", positive_int, core["mem_slots"], "N", "rows of the memory matrix")
+    option(group, "--headsize", positive_int, core["head_size"], "UNITS",
            "value size of an attention head; a memory row has heads x this many units")
-    option(group, "--numheads", positive_int, numheads, "N", "attention heads")
-    option(group, "--numblocks", layer_count, 1, "N", "attention blocks per time step")
-    option(group, "--forgetbias", finite_float, 1.0, "X", "fixed bias of the forget gate, before the sigmoid")
-    option(group, "--inputbias", finite_float, 0.0, "X", "fixed bias of the input gate, before the sigmoid")
-    option(group, "--gatestyle", str.lower, "unit", None,
+    option(group, "--numheads", positive_int, core["num_heads"], "N", "attention heads")
+    option(group, "--numblocks", layer_count, core["num_blocks"], "N",
+           "attention blocks per time step")
+    option(group, "--forgetbias", finite_float, core["forget_bias"], "X",
+           "fixed bias of the forget gate, before the sigmoid")
+    option(group, "--inputbias", finite_float, core["input_bias"], "X",
+           "fixed bias of the input gate, before the sigmoid")
+    option(group, "--gatestyle", str.lower, core["gate_style"] or "none", None,
            "one gate per unit, one per memory row, or no gates", choices=("unit", "memory", "none"))
-    option(group, "--attmlplayers", layer_count, attmlplayers, "N", "layers of the MLP after the attention")
-    option(group, "--keysize", non_negative_int, keysize, "UNITS",
+    option(group, "--attmlplayers", layer_count, core["attention_mlp_layers"], "N",
+           "layers of the MLP after the attention")
+    option(group, "--keysize", non_negative_int, core["key_size"] or 0, "UNITS",
            "query and key size of an attention head; 0 = the head size")
-    option(group, "--init-scale", positive_float, 1.0, "X",
+    option(group, "--init-scale", positive_float, core["init_scale"], "X",
            "factor on the core's initial weight matrices; 1 = as in the original")
     # fmt: on
 

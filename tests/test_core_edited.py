@@ -1,0 +1,68 @@
+"""The project after an edit of the readable core, which trains, and with a torch that is too old."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EQ_7 = "after = input_gate * candidate + forget_gate * memory"
+
+
+def train(project, corpus, folder):
+    """Run train_rmc.py for an epoch; return its validation loss and its warnings about the core."""
+    sizes = (
+        "--emsize 12 --headsize 5 --numheads 2 --keysize 3 --batch-size 14 --bptt 15 --epochs 1 --threads 1"
+    )
+    where = ["--data", str(corpus), "--runs-folder", str(folder)]
+    command = [sys.executable, str(project / "train_rmc.py"), *sizes.split(), *where]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (log,) = folder.glob("*/log.jsonl")
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [event["loss"] for event in events if event["event"] == "valid"]
+    return losses, re.findall("warning: FastRelationalMemory runs .*", done.stderr)
+
+
+@pytest.mark.timeout(300)
+def test_edit_of_the_readable_core_trains_with_one_warning(corpus_folder, tmp_path):
+    copy = tmp_path / "project"
+    copy.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, copy)
+    for folder in ("layers", "tasks", "training"):
+        shutil.copytree(ROOT / folder, copy / folder)
+    before, quiet = train(copy, corpus_folder, tmp_path / "before")
+    core = copy / "relational_rnn_general.py"
+    text = core.read_text()
+    assert text.count(EQ_7) == 1
+    core.write_text(text.replace(EQ_7, EQ_7.replace("input_gate", "(1 - forget_gate)")))
+    after, warned = train(copy, corpus_folder, tmp_path / "after")
+    assert not quiet and len(warned) == 1
+    assert "relational_rnn_general.py and relational_rnn_fast.py compute different results" in warned[0]
+    assert len(after) == len(before) == 1 and abs(after[0] - before[0]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "script", ["train_rmc.py", "train_nth_farthest.py", "generate_rmc.py", "data_utils.py"]
+)
+def test_torch_below_the_one_in_requirements_is_named(script, tmp_path):
+    requirements = (ROOT / "requirements.txt").read_text()
+    major, minor = re.search(r"^torch>=(\d+)\.(\d+)$", requirements, re.MULTILINE).groups()
+    old = f"{major}.{int(minor) - 1}.9"
+    found = tmp_path / f"torch-{old}.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {old}+cpu\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        f"error: torch {old}+cpu is installed, but torch {major}.{minor} or newer is required. Run: "
+        "pip install -r requirements.txt\n"
+    )
