@@ -1,8 +1,9 @@
-"""The shell scripts under results/: commands fit the training scripts, finished work is not repeated."""
+"""Scripts under results/: commands fit the training scripts, finished work is not repeated. docs/step.svg."""
 
 import importlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,8 @@ def test_an_unfinished_run_is_resumed(tmp_path):
     run("nth_farthest/run_gpu.sh", tmp_path, unfinished="rmc-seed2")
     _, calls = run("nth_farthest/run_gpu.sh", tmp_path)
     assert calls[0] == ["train_nth_farthest.py", "--resume", str(tmp_path / "rmc-seed2"), "--cuda"]
+
+
+def test_the_drawing_of_a_step_is_what_its_script_draws(tmp_path):
+    subprocess.run([sys.executable, ROOT / "docs" / "draw_step.py", tmp_path / "step.svg"], check=True)
+    assert (tmp_path / "step.svg").read_bytes() == (ROOT / "docs" / "step.svg").read_bytes()
