@@ -1,7 +1,8 @@
 """FastRelationalMemory: RelationalMemory with the same parameters and results and a faster sequence loop.
 
-This file imports torch and relational_rnn_general.py, and can be copied together with it. Shapes are named as
-there. F = H * (2K + V) is the number of features of a row's queries, keys and values, G that of the gates.
+This file can be copied together with relational_rnn_general.py and relational_rnn_checks.py. Shapes are named
+as in relational_rnn_general.py. F = H * (2K + V) is the number of features of the queries, keys and values of a
+row, G that of the gates.
 
 Three things make it fast:
     * What depends on the inputs only is computed for all time steps at once (_hoist): the projected input
@@ -11,37 +12,29 @@ Three things make it fast:
       products over many time steps; one small product per step would read and write the whole weight T times.
 
 The hand-written pass supports only plain linear layers and layer norms. The class runs the loop of
-RelationalMemory if a layer was replaced or has hooks, if the results of the two files differ after an edit
-(_difference), for a single step without gradients, and under torch.func, torch.compile, torch.export and
-torch.jit.trace.
+RelationalMemory if relational_rnn_checks.py finds that the results would differ: a layer was replaced or has
+hooks, or only one of the two files was edited. It also runs the loop for a single step without gradients, and
+under torch.func, torch.compile, torch.export and torch.jit.trace.
 """
 
-import concurrent.futures
 import contextlib
-import functools
 import math
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from relational_rnn_general import NORM_EPSILON, AttentionBlock, RelationalMemory, RowMLP
+from relational_rnn_checks import obstacle
+from relational_rnn_general import NORM_EPSILON, RelationalMemory
 
 # On a CPU, the backward pass computes a weight's gradient each time this many rows have accumulated. On other
 # devices, it does so once per window.
 WAITING_ROWS = 512
 
 aten = torch.ops.aten
-
-# torch has no public way to list hooks. These dictionaries exist in torch 2.6 to 2.14.
-_HOOKS = ("forward_pre", "forward", "backward_pre", "backward")
-_GLOBAL_HOOKS = [getattr(torch_module, f"_global_{kind}_hooks") for kind in _HOOKS]
 
 
 class FastRelationalMemory(RelationalMemory):
@@ -91,58 +84,15 @@ class FastRelationalMemory(RelationalMemory):
             return False
         if inputs.size(1) == 1 and not torch.is_grad_enabled():
             return False  # with one step there is nothing to hoist, and the loop has less to prepare
-        reason = self._obstacle()
+        reason = obstacle(self, FastRelationalMemory)
         if reason is not None and reason not in FastRelationalMemory._warned:
             FastRelationalMemory._warned.add(reason)
             warnings.warn(
                 f"FastRelationalMemory runs the slower loop of RelationalMemory because {reason}. The "
-                "results are those of RelationalMemory; docs/change_the_maths.md says how to make it fast "
-                "again. This warning is shown once.",
+                "results are those of RelationalMemory. This warning is shown once.",
                 stacklevel=6,  # the line that calls the core
             )
         return reason is None
-
-    def _obstacle(self) -> str | None:
-        """Return why the hand-written pass would differ from calling the submodules, or None."""
-        # Without public counterparts; both names exist in torch 2.6 to 2.14.
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-            return "a torch.func transform or forward-mode differentiation is active"
-        if any(_GLOBAL_HOOKS):
-            return "a hook is registered for all modules"
-        for name in ("_advance", "gates"):  # on the class or on this object
-            if getattr(getattr(self, name), "__func__", None) is not getattr(RelationalMemory, name):
-                return f"{type(self).__name__} overrides {name}"
-        sizes = self.num_heads, self.key_size, self.head_size
-        for index, block in enumerate(self.blocks):
-            if (
-                isinstance(block, AttentionBlock)
-                and (block.num_heads, block.key_size, block.head_size) != sizes
-            ):
-                return f"its submodule blocks.{index} has other sizes"
-        for module, kind in self._called_modules():
-            if not _is_plain(module, kind):
-                name = next(name for name, found in self.named_modules() if found is module)
-                return f"its submodule {name} was replaced or has hooks"
-        rows = min(self.input_rows, 2)
-        structure = min(self.mem_slots, 2), self.num_blocks, self.gate_style, self.attention_mlp_layers, rows
-        step = RelationalMemory._advance, RelationalMemory.gates, AttentionBlock.forward, RowMLP.forward
-        return _difference(structure, RelationalMemory._run, *step)
-
-    def _called_modules(self) -> Iterator[tuple[nn.Module, type]]:
-        """The submodules that the loop calls, each with the type that the hand-written pass assumes."""
-        yield self.input_projection, nn.Linear
-        if self.gate_style is not None:
-            yield self.input_gate_projection, nn.Linear
-            yield self.memory_gate_projection, nn.Linear
-        for block in self.blocks:
-            yield block, AttentionBlock
-            yield block.qkv_projection, nn.Linear
-            yield block.qkv_norm, nn.LayerNorm
-            yield block.attention_norm, nn.LayerNorm
-            yield block.mlp_norm, nn.LayerNorm
-        yield self.mlp, RowMLP
-        for linear in self.mlp:
-            yield linear, nn.Linear
 
     def _recurrent_weights(self) -> list[Tensor]:
         """Return the weights of the time loop in the order in which _Window takes them.
@@ -198,59 +148,6 @@ class FastRelationalMemory(RelationalMemory):
                 gate_in = _affine(rows.flatten(2), gate, gate_bias, lower)
         qkv_in = F.layer_norm(qkv_in, gain.shape, gain, shift, NORM_EPSILON)
         return qkv_in, gate_in, rows if len(self.blocks) > 1 else None
-
-
-def _is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a call of the module computes what its type does with its weights, and nothing else."""
-    if type(module) is not kind:
-        parametrized = parametrize.is_parametrized(module)
-        if not parametrized or parametrize.type_before_parametrizations(module) is not kind:
-            return False
-    if any(getattr(module, f"_{kind}_hooks") for kind in _HOOKS):
-        return False
-    if "forward" in vars(module) or (kind is nn.LayerNorm and module.eps != NORM_EPSILON):
-        return False
-    return kind not in (nn.Linear, nn.LayerNorm) or module.bias is not None
-
-
-_comparing = threading.Lock()  # replicas of DataParallel run in threads
-
-
-@functools.cache
-def _difference(structure: tuple, *loop: Callable) -> str | None:
-    """Return None if the loop and the hand-written pass agree on a small core, else what is wrong.
-
-    Once per process, structure and loop, this compares outputs and gradients of 2 sequences of 3 steps, in
-    float64 on the CPU.
-    """
-    slots, blocks, gate_style, layers, rows = structure
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    def compare() -> str | None:
-        with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator
-            core = FastRelationalMemory(slots, 2, 3, 2, blocks, 0.5, -0.3, gate_style, layers, 4, True, rows)
-        core.double().load_state_dict({name: draw(*p.shape) for name, p in core.named_parameters()})
-        given = draw(2, 3, rows, 3), draw(2, *core.state_size), draw(2, *core.state_size)
-        mask, factor = draw(2, *core.state_size).detach(), draw(2, 3, core.output_size)
-        resets, results = torch.tensor([[False, True, False], [False, False, False]]), []
-        for run in (RelationalMemory._run, FastRelationalMemory._scan):
-            outputs, last = run(core, *given[:2], mask, resets, given[2])
-            loss = (outputs * factor).sum() + last.square().sum()
-            leaves = (*given, *core.parameters())
-            results.append([outputs, last, *torch.autograd.grad(loss, leaves, materialize_grads=True)])
-        if all(torch.allclose(x, y, rtol=1e-7, atol=1e-9) for x, y in zip(*results, strict=True)):
-            return None
-        return "relational_rnn_general.py and relational_rnn_fast.py compute different results"
-
-    # In a thread of its own, no mode of the caller is active: no_grad, autocast, a default device and others.
-    with _comparing, concurrent.futures.ThreadPoolExecutor(1) as thread:
-        try:
-            return thread.submit(compare).result()
-        except Exception as error:  # an edited loop may not work with these sizes
-            return f"relational_rnn_fast.py could not be compared with relational_rnn_general.py ({error})"
 
 
 class _Scan(torch.autograd.Function):

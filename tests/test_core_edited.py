@@ -34,8 +34,8 @@ def test_edit_of_the_readable_core_trains_with_one_warning(corpus_folder, tmp_pa
     copy.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, copy)
-    for folder in ("layers", "tasks", "training"):
-        shutil.copytree(ROOT / folder, copy / folder)
+    for package in ROOT.glob("*/__init__.py"):
+        shutil.copytree(package.parent, copy / package.parent.name)
     before, quiet = train(copy, corpus_folder, tmp_path / "before")
     core = copy / "relational_rnn_general.py"
     text = core.read_text()
