@@ -1,8 +1,8 @@
 """FastRelationalMemory: RelationalMemory with the same parameters and results and a faster sequence loop.
 
 This file can be copied together with relational_rnn_general.py and relational_rnn_checks.py. Shapes are named
-as in relational_rnn_general.py. F = H * (2K + V) is the number of features of the queries, keys and values of a
-row, G that of the gates.
+as in relational_rnn_general.py. F = H * (2K + V) is the number of features of the queries, keys and values of
+a row, G that of the gates.
 
 Three things make it fast:
     * What depends on the inputs only is computed for all time steps at once (_hoist): the projected input
