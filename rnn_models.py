@@ -95,12 +95,11 @@ class RNNLM(LanguageModel):
         check_probability("dropout_hidden", dropout_hidden)
         super().__init__(config, hidden_size)
         options = {"nonlinearity": model.removeprefix("RNN_").lower()} if model.startswith("RNN_") else {}
-        between = dropout_hidden if num_layers > 1 else 0.0  # torch warns about dropout in a single layer
-        self.rnn = LAYERS[model](embedding_size, hidden_size, num_layers, dropout=between, **options)
+        self.rnn = LAYERS[model](embedding_size, hidden_size, num_layers, **options)  # holds the weights
         self.function_name = model.lower()  # of torch.lstm, torch.lstm_cell and so on
         self.is_lstm = model == "LSTM"
         self.fused = fused
-        self.dropout_candidate = dropout_candidate
+        self.dropout_hidden, self.dropout_candidate = dropout_hidden, dropout_candidate
 
     def initial_state(self, batch_size: int) -> Tensor:
         """Return zeros, (B, num_layers, hidden_size), or (B, 2 * num_layers, hidden_size) for an LSTM."""
@@ -109,78 +108,53 @@ class RNNLM(LanguageModel):
 
     def recur(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run the layers: embedded (T, B, E) to the last layer's outputs (T, B, hidden_size)."""
-        # Each (layers, B, hidden_size), as the layers need them.
-        states = tuple(part.contiguous() for part in state.transpose(0, 1).split(self.rnn.num_layers))
         dropped = {}
         if self.training and self.dropout_weights:
             dropped = drop_weights(self.recurrent_weights(), self.dropout_weights)
-        weights = [
-            [
-                dropped.get(name, getattr(self.rnn, name))
-                for name in (f"{part}_l{layer}" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-            ]
-            for layer in range(self.rnn.num_layers)
-        ]
-        if not self.fused:
-            return self._loop_of_cells(embedded, states, weights)
-        # One call over all layers cannot lock the dropout between them.
-        apart = self.training and self.locked_dropout and self.rnn.dropout > 0
+        run_layer = self._fused_layer if self.fused else self._loop_of_cells
         # After bfloat16 steps the state may be of bfloat16.
-        states = tuple(part.to(embedded.dtype) for part in states)
-        with fused_precision(self.rnn):
-            if dropped or apart:
-                return self._fused_layers(embedded, states, weights, apart)
-            outputs, after = self.rnn(embedded, states if self.is_lstm else states[0])
-            return outputs, (torch.cat(after) if self.is_lstm else after).transpose(0, 1)
+        parts = state.to(embedded.dtype).transpose(0, 1).contiguous().split(self.rnn.num_layers)
+        outputs, after = embedded, []
+        for layer in range(self.rnn.num_layers):
+            if layer > 0:
+                outputs = dropout(outputs, self.dropout_hidden, self.training, self.locked_dropout)
+            names = (f"{part}_l{layer}" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            weights = [dropped.get(name, getattr(self.rnn, name)) for name in names]
+            outputs, last = run_layer(outputs, [part[layer] for part in parts], weights)
+            after.append(last)
+        return outputs, torch.stack([part for parts in zip(*after, strict=True) for part in parts], dim=1)
 
     def recurrent_weights(self) -> dict[str, Tensor]:
         """Return the matrices that weight drop acts on, weight_hh of every layer, by nn.LSTM's names."""
         names = (f"weight_hh_l{layer}" for layer in range(self.rnn.num_layers))
         return {name: getattr(self.rnn, name) for name in names}
 
-    def _fused_layers(
-        self, embedded: Tensor, states: tuple[Tensor, ...], weights: list[list[Tensor]], apart: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Run the fused layers with given weights, in one call or, if `apart`, in one call per layer."""
+    def _fused_layer(
+        self, inputs: Tensor, state: list[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Run one layer: inputs (T, B, F), its state and weights, to outputs and the state afterwards."""
         function = getattr(torch, self.function_name)
-        calls = [range(i, i + 1) for i in range(len(weights))] if apart else [range(len(weights))]
-        # With a single layer cuDNN's dropout would have no effect, yet draw a seed and wait for the GPU.
-        between = 0.0 if apart else self.rnn.dropout
-        outputs, after = embedded, []
-        for layers in calls:
-            if layers.start > 0:
-                outputs = dropout(outputs, self.rnn.dropout, self.training, self.locked_dropout)
-            given = tuple(part[layers.start : layers.stop] for part in states)
-            if not self.is_lstm:
-                (given,) = given
-            flat = [weight for layer in layers for weight in weights[layer]]
-            options = (True, len(layers), between, self.training, False, False)
-            outputs, *part = function(outputs, given, flat, *options)
-            after.append(part)
-        return outputs, torch.cat([torch.cat(parts) for parts in zip(*after, strict=True)]).transpose(0, 1)
+        before = [part.unsqueeze(0) for part in state]
+        with fused_precision(self.rnn):
+            outputs, *after = function(
+                inputs, before if self.is_lstm else before[0], weights,
+                True, 1, 0.0, self.training, False, False,
+            )  # fmt: skip
+        return outputs, [part.squeeze(0) for part in after]
 
     def _loop_of_cells(
-        self, embedded: Tensor, states: tuple[Tensor, ...], weights: list[list[Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: Tensor, state: Sequence[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Compute _fused_layer step by step."""
         cell = getattr(torch, self.function_name + "_cell")
-        inputs, after = embedded, []
-        for layer in range(self.rnn.num_layers):
-            state = tuple(part[layer] for part in states)
-            if self.training and self.dropout_candidate:
-                mask = dropout_mask(state[1], state[1].shape, self.dropout_candidate)
-                cell = functools.partial(lstm_cell, candidate_mask=mask)
-            outputs = []
-            for x in inputs.unbind(0):
-                if self.is_lstm:
-                    state = cell(x, state, *weights[layer])
-                else:
-                    state = (cell(x, state[0], *weights[layer]),)
-                outputs.append(state[0])
-            inputs = torch.stack(outputs)
-            if layer + 1 < self.rnn.num_layers:
-                inputs = dropout(inputs, self.rnn.dropout, self.training, self.locked_dropout)
-            after.append(state)
-        return inputs, torch.stack([part for parts in zip(*after, strict=True) for part in parts], dim=1)
+        if self.training and self.dropout_candidate:
+            mask = dropout_mask(state[1], state[1].shape, self.dropout_candidate)
+            cell = functools.partial(lstm_cell, candidate_mask=mask)
+        outputs = []
+        for x in inputs.unbind(0):
+            state = cell(x, state, *weights) if self.is_lstm else [cell(x, state[0], *weights)]
+            outputs.append(state[0])
+        return torch.stack(outputs), state
 
 
 def lstm_cell(

@@ -2,7 +2,7 @@
 
 Neither holds the logits of all tokens, (n, V), at once.
 
-Shapes: n tokens (batch and time flattened), E embedding_size, V vocab_size. Losses are in nats, summed over
+Shapes: n tokens (batch and time flattened), H hidden_size, V vocab_size. Losses are in nats, summed over
 the targets. A target below 0 is padding: it adds no loss and has no gradient.
 """
 
@@ -22,27 +22,27 @@ class FullSoftmax(nn.Module):
     """Linear layer to the whole vocabulary with softmax cross-entropy.
 
     Args:
-        embedding_size: features E of the hidden vectors.
+        hidden_size: features H of the hidden vectors.
         vocab_size: number of words V.
-        tied_weight: the embedding's weight (V, E), to share it (Press & Wolf 2017, arXiv:1608.05859); None
+        tied_weight: the embedding's weight (V, H), to share it (Press & Wolf 2017, arXiv:1608.05859); None
             creates a separate weight.
     """
 
-    def __init__(self, embedding_size: int, vocab_size: int, tied_weight: nn.Parameter | None = None):
+    def __init__(self, hidden_size: int, vocab_size: int, tied_weight: nn.Parameter | None = None):
         super().__init__()
         if tied_weight is None:
-            tied_weight = nn.Parameter(torch.empty(vocab_size, embedding_size))
+            tied_weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
             # Small weights predict nearly uniformly, so the first loss is near ln V.
             nn.init.uniform_(tied_weight, -0.1, 0.1)
         self.weight = tied_weight
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,)."""
+        """Return the sum of -log p(target) in nats, a scalar; hidden (n, H), targets (n,)."""
         return linear_cross_entropy(hidden, self.weight, self.bias, targets)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Return the log-probabilities of all words, (n, E) -> (n, V)."""
+        """Return the log-probabilities of all words, (n, H) -> (n, V)."""
         return _widened(F.linear(hidden, self.weight, self.bias)).log_softmax(dim=-1)
 
 
@@ -51,11 +51,11 @@ class AdaptiveSoftmax(nn.Module):
 
     Word ids must be sorted by descending frequency. The head scores the cutoffs[0] most frequent words and
     one entry per cluster. Cluster i scores the words from cutoffs[i] up to the next cutoff, from a projection
-    to E / div_value ** (i + 1) features. The parameters have the names and shapes of
+    to H / div_value ** (i + 1) features. The parameters have the names and shapes of
     torch.nn.AdaptiveLogSoftmaxWithLoss(head_bias=True).
 
     Args:
-        embedding_size: features E of the hidden vectors.
+        hidden_size: features H of the hidden vectors.
         vocab_size: number of words V.
         cutoffs: increasing ids at which clusters begin, all between 1 and V - 1.
         div_value: factor by which the projection shrinks from cluster to cluster.
@@ -64,7 +64,7 @@ class AdaptiveSoftmax(nn.Module):
         ValueError: the cutoffs are not increasing or not below the vocabulary size.
     """
 
-    def __init__(self, embedding_size: int, vocab_size: int, cutoffs: list[int], div_value: float = 4.0):
+    def __init__(self, hidden_size: int, vocab_size: int, cutoffs: list[int], div_value: float = 4.0):
         super().__init__()
         cutoffs = list(cutoffs)
         bounds = [0, *cutoffs, vocab_size]
@@ -79,22 +79,22 @@ class AdaptiveSoftmax(nn.Module):
         self.bounds = list(zip(cutoffs, [*cutoffs[1:], vocab_size], strict=True))
         # On the targets' device, to compare them with; not in checkpoints.
         self.register_buffer("starts", torch.tensor([*cutoffs, vocab_size]), persistent=False)
-        self.head = nn.Linear(embedding_size, cutoffs[0] + len(self.bounds))
+        self.head = nn.Linear(hidden_size, cutoffs[0] + len(self.bounds))
         # A cluster's entry starts with its number of words: all words start out equally likely.
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
             self.head.bias[cutoffs[0] :] = torch.tensor([high - low for low, high in self.bounds]).log()
         self.tail = nn.ModuleList()
         for cluster, (low, high) in enumerate(self.bounds):
-            width = max(1, int(embedding_size / div_value ** (cluster + 1)))
+            width = max(1, int(hidden_size / div_value ** (cluster + 1)))
             self.tail.append(
                 nn.Sequential(
-                    nn.Linear(embedding_size, width, bias=False), nn.Linear(width, high - low, bias=False)
+                    nn.Linear(hidden_size, width, bias=False), nn.Linear(width, high - low, bias=False)
                 )
             )
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of -log p(target) in nats, a scalar; hidden (n, E), targets (n,).
+        """Return the sum of -log p(target) in nats, a scalar; hidden (n, H), targets (n,).
 
         Raises:
             IndexError: a target is not below the vocabulary size.
@@ -118,7 +118,7 @@ class AdaptiveSoftmax(nn.Module):
         return nats + linear_cross_entropy(hidden, self.head.weight, self.head.bias, head_targets)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Return the log-probabilities of all words, (n, E) -> (n, V)."""
+        """Return the log-probabilities of all words, (n, H) -> (n, V)."""
         head = _widened(self.head(hidden)).log_softmax(dim=-1)
         parts = [head[:, : self.cutoffs[0]]]
         for cluster, tail in enumerate(self.tail):
@@ -161,8 +161,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     without chunks. Under autocast the products have the lower precision; the softmax and the sums do not.
 
     Args:
-        hidden: (n, E).
-        weight: (V, E).
+        hidden: (n, H).
+        weight: (V, H).
         bias: (V,) or None.
         targets: (n,); values below 0 are ignored.
 
