@@ -1,4 +1,4 @@
-"""Regularisation of the language models: dropout variants, weight decay, averaged weights.
+"""Regularisation of the language models: dropout variants and averaged weights.
 
 The sources:
     locked dropout      one mask for all time steps of a window: Gal & Ghahramani 2016, arXiv:1512.05287
@@ -6,7 +6,6 @@ The sources:
                         whole batch, as in Merity, Keskar & Socher 2018, arXiv:1708.02182, section 4.3
     weight drop         entries of the recurrent matrices, one mask per window: arXiv:1708.02182, after Wan
                         et al. 2013
-    weight decay        decoupled from the gradient: Loshchilov & Hutter 2019, arXiv:1711.05101
 
 A mask is drawn for every window, in training only. It is 0 where it drops and 1 / (1 - p) elsewhere, so the
 expectation does not change and evaluation needs no factor. Each replica of a model draws its own masks.
@@ -65,15 +64,6 @@ def drop_weights(weights: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
         name: (weight * dropout_mask(weight, weight.shape, p)).to(weight.dtype)
         for name, weight in weights.items()
     }
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return an optimiser's parameter groups: matrices decay, vectors (biases, gains of norms) do not."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 class WeightAverage:

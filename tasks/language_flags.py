@@ -95,11 +95,9 @@ def add_dropout_flags(
 
 
 def dropouts(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the dropout flags as arguments of the models."""
-    names = [name for name in ("dropout_input", "dropout_hidden", "dropout_output") if hasattr(args, name)]
-    places = {name: args.dropout if getattr(args, name) is None else getattr(args, name) for name in names}
-    rest = ("locked_dropout", "dropout_words", "dropout_weights", "dropout_candidate")
-    return {**places, **{name: getattr(args, name) for name in rest}}
+    """Return the dropout flags as arguments of the models; --dropout is the default of those without one."""
+    given = {name: value for name, value in vars(args).items() if name.startswith(("dropout_", "locked_"))}
+    return {name: args.dropout if value is None else value for name, value in given.items()}
 
 
 def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | None:
@@ -119,26 +117,14 @@ def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | Non
 
 # What the recipes of both models for data/tiny have in common.
 TINY = {
-    "data": "tiny",
-    "dropout": 0.1,
-    "schedule": "cosine",
-    "clip": 1.0,
-    "batch_size": 32,
-    "bptt": 32,
-    "epochs": 11,
-    # The splits are short: 32 columns would lose too much context.
-    "eval_batch_size": 4,
-}
+    "data": "tiny", "dropout": 0.1, "schedule": "cosine", "clip": 1.0, "batch_size": 32, "bptt": 32,
+    "epochs": 11, "eval_batch_size": 4,  # the splits are short: 32 columns would lose too much context
+}  # fmt: skip
 
 # What the recommended recipes for WikiText-2 have in common: a few epochs of many small steps, little
 # dropout, and an average of the weights. Sizes and learning rates are those of the best runs in
 # results/wikitext2_pair (with --bf16; eight epochs of the LSTM).
 WIKITEXT2 = {
-    "dropout": 0.3,
-    "batch_size": 32,
-    "bptt": 35,
-    "clip": 0.25,
-    "average": "ema",
-    "average_decay": 0.999,
+    "dropout": 0.3, "batch_size": 32, "bptt": 35, "clip": 0.25, "average": "ema", "average_decay": 0.999,
     "epochs": 7,
-}
+}  # fmt: skip

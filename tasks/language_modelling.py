@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
 from layers.language_model import LanguageModel, perplexity
-from layers.regularisation import WeightAverage, parameter_groups
+from layers.regularisation import WeightAverage
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 from tasks.language_flags import choose_softmax
@@ -55,10 +55,10 @@ def evaluate(
     """Return the mean loss of a split in nats per token, with each of its N - 1 targets scored once.
 
     Args:
-        model: is in eval mode during the call and in its previous mode afterwards.
+        model: in eval mode during the call, in its previous mode afterwards.
         ids: the split, (N,).
         batch_size: columns that the split is divided into. Each starts from the initial state and carries its
-            state to its end: fewer columns lose less context, and 1 scores the split as one stream.
+            state to its last token: fewer columns lose less context, 1 scores the split as one stream.
         bptt: tokens of a column per step; changes speed and memory, not the result.
         interrupts: checked between windows.
         label: name of the split, beside the progress bar.
@@ -134,7 +134,6 @@ class Reading:
     epoch: int = 1  # the present one, from 1
     offset: int = 0  # tokens of each column that this epoch has trained on
     epoch_nats: float = 0.0  # summed losses of this epoch, up to the last report
-    epoch_tokens: int = 0  # targets of this epoch, up to the last report
 
 
 class LanguageModelling(Task):
@@ -177,7 +176,11 @@ class LanguageModelling(Task):
         self.total_steps = args.epochs * self.epoch_steps
         self.fingerprint = corpus.fingerprint()
         processes.check_same("the text", self.fingerprint)
-        self.warn_of_short_epochs()
+        if (steps := self.epoch_steps) < FEW_STEPS:
+            warn(
+                f"an epoch has only {steps} step{'s' * (steps > 1)} of {args.batch_size} x {args.bptt} tokens. "
+                "Lower --batch-size or --bptt, or raise --epochs."
+            )
 
     def facts(self) -> dict[str, Any]:
         corpus = self.corpus
@@ -235,12 +238,11 @@ class LanguageModelling(Task):
         return {"epoch": min(self.position.epoch, self.args.epochs)}
 
     def report(self, trainer: Trainer, totals: dict[str, float], elapsed: float) -> tuple[dict, str, str]:
-        interval, steps = trainer.position, max(trainer.timed_steps, 1)
-        loss = totals["losses"] / interval.interval_count
+        steps = max(trainer.timed_steps, 1)
+        loss = totals["losses"] / trainer.position.interval_count
         if perplexity(loss) == math.inf:
             trainer.diverged(f"training loss is {loss:.4g} nats per token")
         self.position.epoch_nats += totals["losses"]
-        self.position.epoch_tokens += interval.interval_count
         # On a GPU the host does not wait for the end of the forward pass.
         forward = 1000 * trainer.forward_seconds / steps if self.device.type == "cpu" else None
         fields = {
@@ -253,12 +255,10 @@ class LanguageModelling(Task):
         speed = f"{fields['tokens_per_second']:,.0f} tokens/s"
         short = f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, {speed}"
         ms = f"{fields['ms_per_batch']:.1f} ms/batch{'' if forward is None else f', forward {forward:.1f}'}"
-        line = f"loss {loss:.4f} | ppl {perplexity(loss):.2f} | {speed} | {ms} | lr {trainer.lr.current:g}"
-        return fields, short, line
+        return fields, short, f"{loss_text(loss)} | {speed} | {ms} | lr {trainer.lr.current:g}"
 
     def end_span(self, trainer: Trainer) -> None:
         """End an epoch: validation loss, learning rate, best.pt."""
-        here = self.position
         loss = self.evaluate(trainer, "valid", self.model, trainer.interrupts)
         if perplexity(loss) == math.inf:
             trainer.diverged(f"validation loss is {loss:.4g} nats per token")
@@ -268,7 +268,7 @@ class LanguageModelling(Task):
             averaged = {"average_loss": average_loss, "average_ppl": perplexity(average_loss)}
             if average_loss < loss:
                 best, best_model = average_loss, self.average.model
-        train_loss = here.epoch_nats / max(here.epoch_tokens, 1)
+        train_loss = self.position.epoch_nats / self.columns.num_pairs
         train = {"train_loss": train_loss, "train_ppl": perplexity(train_loss)}
         trainer.update_clock()
         trainer.write("valid", loss=loss, ppl=perplexity(loss), **averaged, **train)
@@ -277,11 +277,9 @@ class LanguageModelling(Task):
         line = f"valid {loss_text(loss)}{mark if best_model is self.model else ''}"
         if averaged:
             line += f", averaged {averaged['average_ppl']:.2f}{mark if best_model is not self.model else ''}"
-        seconds = trainer.position.seconds
-        say(f"epoch {here.epoch}: train ppl {train['train_ppl']:.2f} | {line} | {seconds:.0f} s")
-        here.epoch += 1
-        here.offset = here.epoch_tokens = 0
-        here.epoch_nats = 0.0
+        epoch, seconds = self.position.epoch, trainer.position.seconds
+        say(f"epoch {epoch}: train ppl {train['train_ppl']:.2f} | {line} | {seconds:.0f} s")
+        self.position = Reading(epoch + 1)
 
     def evaluate(
         self, trainer: Trainer, split: str, model: LanguageModel, interrupts: Interrupts | None = None
@@ -313,18 +311,6 @@ class LanguageModelling(Task):
 
     def lower_advice(self) -> str:
         return f"a lower --lr (it was {self.args.lr:g}) or a lower --clip"
-
-    def warn_of_short_epochs(self) -> None:
-        """Warn if batch and window are so large for the text that an epoch has few steps."""
-        args, steps, targets = self.args, self.epoch_steps, self.columns.num_pairs
-        if steps >= FEW_STEPS:
-            return
-        fitting = (targets - 1) // ((FEW_STEPS - 1) * args.bptt)
-        lower = f"Lower --batch-size to {fitting} or less" if fitting else "Lower --batch-size and --bptt"
-        warn(
-            f"the training text has {targets + 1:,} tokens: with --batch-size {args.batch_size} and --bptt "
-            f"{args.bptt} an epoch has only {steps} step{'s' * (steps > 1)}. {lower}, or raise --epochs."
-        )
 
 
 def split_columns(
@@ -414,46 +400,41 @@ def choose_threads(requested: int, model: LanguageModel, tokens: int, device: to
 
 def optimizer_of(model: LanguageModel, args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]:
     """Return the optimiser's constructor."""
-    if args.weight_decay:
-        return functools.partial(torch.optim.AdamW, parameter_groups(model, args.weight_decay))
-    return functools.partial(torch.optim.Adam, model.parameters())
-
-
-def saved_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a checkpoint's run; empty if it has none."""
-    saved = checkpoint.get("args")
-    return saved if isinstance(saved, dict) else {}
+    parameters = list(model.parameters())
+    if not args.weight_decay:
+        return functools.partial(torch.optim.Adam, parameters)
+    # Biases and the gains of norms do not decay.
+    vectors = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay}
+    return functools.partial(torch.optim.AdamW, [matrices, vectors])
 
 
 def load_text(
-    path: Path, checkpoint: Mapping[str, Any], vocabulary: Vocabulary, data: str | None = None
+    path: Path, saved: Mapping[str, Any], vocabulary: Vocabulary, data: str | None = None
 ) -> Corpus:
     """Load the corpus to score a checkpoint on.
 
     Args:
         path: the checkpoint's.
-        checkpoint: its contents.
+        saved: the arguments of its run.
         vocabulary: the model's; the corpus must have the same one.
-        data: folder of the corpus; None for that of the checkpoint's run.
+        data: folder of the corpus; None for that of the run.
 
     Raises:
         UserError: the corpus cannot be loaded or has another vocabulary.
     """
-    saved = saved_arguments(checkpoint)
-    vocab_from = "train" if saved.get("vocab_from") == "train" else "all"
-    folder = str(saved.get("data")) if data is None else data
+    vocab_from = saved.get("vocab_from", "all")
     with text_may_have_moved(data is None):
-        corpus = load_corpus(folder, vocab_from)
+        corpus = load_corpus(str(saved.get("data")) if data is None else data, vocab_from)
     if corpus.vocabulary.words != vocabulary.words:
         advice = (
-            "Its run used --vocab-from train: only valid.txt and test.txt may differ from the run's text."
+            "so only valid.txt and test.txt may differ from the run's text"
             if vocab_from == "train"
-            else "Its run used --vocab-from all, so it can be scored only on its own text. To score another "
-            "text, train with --vocab-from train."
+            else "so it can be scored only on its own text. For other texts, train with --vocab-from train"
         )
         raise UserError(
             f"the vocabulary of {path} ({len(vocabulary):,} words) differs from that of {corpus.folder} "
-            f"({len(corpus.vocabulary):,} words). {advice}"
+            f"({len(corpus.vocabulary):,} words). Its run used --vocab-from {vocab_from}, {advice}."
         )
     return corpus
 
@@ -468,11 +449,10 @@ def score(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, An
     device, processes = distributed.start(args)
     checkpoint = checkpoints.load_checkpoint(path)
     model, vocabulary = load_model(checkpoint, device)
+    saved = checkpoint.get("args", {})
     with processes.one_per_host_first():
-        corpus = load_text(path, checkpoint, vocabulary, given.get("data"))
-    columns = saved_arguments(checkpoint).get("eval_batch_size")
-    if "eval_batch_size" in given or not isinstance(columns, int) or columns < 1:
-        columns = args.eval_batch_size
+        corpus = load_text(path, saved, vocabulary, given.get("data"))
+    columns = given.get("eval_batch_size") or saved.get("eval_batch_size", args.eval_batch_size)
     choose_threads(args.threads, model, columns * args.bptt, device)
     print(f"{path} ({type(model).__name__}) on {corpus.folder}, columns: {columns}", flush=True)
     for split in ("valid", "test"):

@@ -398,21 +398,11 @@ def test_training_that_has_diverged_is_noticed_in_other_numbers_too(tmp_path, mo
 # ---- what the user is told
 
 
-def test_few_steps_in_an_epoch_trigger_a_warning_with_flags_that_fit(tmp_path, capsys):
-    def warned(*flags):
-        capsys.readouterr()
-        make_trainer(tmp_path, "rnn", *flags)
-        return capsys.readouterr().err
-
-    text = warned("--batch-size", "7", "--bptt", "11")
-    assert "--batch-size 7 and --bptt 11 an epoch has only 7 steps" in text
-    fitting = int(text.partition("Lower --batch-size to ")[2].split()[0])
-    assert "only" not in warned("--batch-size", str(fitting), "--bptt", "11")
-    assert "only" in warned("--batch-size", str(fitting + 1), "--bptt", "11")
-    assert "Lower --batch-size and --bptt" in warned("--bptt", "100")
-    for script in (train_rmc, train_rnn):  # data/tiny has 150,056 targets
-        recipe = script.RECIPES["tiny"]
-        assert 150_056 / recipe["batch_size"] / recipe["bptt"] > language_modelling.FEW_STEPS
+def test_few_steps_in_an_epoch_trigger_a_warning(tmp_path, capsys):
+    make_trainer(tmp_path, "rnn", "--bptt", "3")
+    assert not capsys.readouterr().err
+    make_trainer(tmp_path, "rnn", "--batch-size", "6")
+    assert "only 8 steps of 6 x 11 tokens. Lower --batch-size or --bptt" in capsys.readouterr().err
 
 
 def test_another_number_of_pieces_triggers_a_warning_where_dropout_depends_on_it(tmp_path, capsys):

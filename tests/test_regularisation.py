@@ -203,7 +203,7 @@ def test_fused_layer_equals_loop_of_cells_with_everything_on(name, hidden, masks
     assert len(masks) == 2 * (3 + layers + (layers - 1) * (hidden > 0))
 
 
-# ---- the average, weight decay
+# ---- the average
 
 
 def test_average_equals_a_loop_over_the_weights():
@@ -232,12 +232,3 @@ def test_averaged_copy_is_tied_in_eval_mode_and_flattened(monkeypatch):
     copy = regularisation.WeightAverage(model, 0.5).model
     assert flattened == [copy.rnn] and not copy.training
     assert copy.output_layer.weight is copy.embedding.weight is not model.embedding.weight
-
-
-def test_matrices_decay_and_vectors_do_not():
-    model = build("rmc")
-    matrices, vectors = regularisation.parameter_groups(model, 0.1)
-    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
-    held = [id(p) for group in (matrices, vectors) for p in group["params"]]
-    assert sorted(held) == sorted(map(id, model.parameters()))
-    assert all(p.dim() == 2 for p in matrices["params"]) and all(p.dim() == 1 for p in vectors["params"])
