@@ -178,8 +178,8 @@ class LanguageModelling(Task):
         processes.check_same("the text", self.fingerprint)
         if (steps := self.epoch_steps) < FEW_STEPS:
             warn(
-                f"an epoch has only {steps} step{'s' * (steps > 1)} of {args.batch_size} x {args.bptt} tokens. "
-                "Lower --batch-size or --bptt, or raise --epochs."
+                f"an epoch has only {steps} step{'s' * (steps > 1)} of {args.batch_size} x {args.bptt} tokens"
+                ". Lower --batch-size or --bptt, or raise --epochs."
             )
 
     def facts(self) -> dict[str, Any]:
