@@ -1,4 +1,4 @@
-"""`pip install .` installs the two files of the core and nothing else."""
+"""`pip install .` installs the three files of the core and nothing else."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ def run(*command, folder):
     return ran.stdout
 
 
-def test_the_wheel_has_the_two_files_of_the_core_and_works_alone(tmp_path):
+def test_the_wheel_has_the_three_files_of_the_core_and_works_alone(tmp_path):
     pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77")
     source = tmp_path / "source"
     source.mkdir()
@@ -42,7 +42,7 @@ def test_the_wheel_has_the_two_files_of_the_core_and_works_alone(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         content = {path: archive.read(path).decode() for path in archive.namelist()}
     modules = {path for path in content if ".dist-info/" not in path}
-    assert modules == {"relational_rnn_general.py", "relational_rnn_fast.py"}
+    assert modules == {f"relational_rnn_{name}.py" for name in ("general", "fast", "checks")}
     (metadata,) = (text for path, text in content.items() if path.endswith("/METADATA"))
     required = re.findall("^Requires-Dist: (.*)$", metadata, flags=re.MULTILINE)
     assert required == [line for line in (ROOT / "requirements.txt").read_text().split() if "torch" in line]
