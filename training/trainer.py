@@ -39,6 +39,11 @@ class Position:
     seconds: float = 0.0  # of work, without interruptions
 
 
+@dataclass
+class NoPosition:
+    """The position of a task whose only position is the step."""
+
+
 class Interrupted(Exception):
     """Raised between steps after a stop signal, or when --stop-after has passed."""
 
@@ -56,6 +61,7 @@ class Task:
         state: the recurrent state carried from step to step, (examples, ...), or None.
         average: a `WeightAverage`, or None.
         position: a dataclass with the task's part of the position.
+        kind: what checkpoints call the model.
         score_name: the name of the score in best.pt.
         higher_is_better: whether a higher score is better.
     """
@@ -68,7 +74,8 @@ class Task:
     sums: tuple[str, ...]
     state: Tensor | None = None
     average: Any = None
-    position: Any
+    position: Any = NoPosition()
+    kind: str
     score_name: str
     higher_is_better = False
 
@@ -78,7 +85,7 @@ class Task:
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """Return what rebuilds a model, for checkpoints: `kind`, `config`, `model`."""
-        raise NotImplementedError
+        return {"kind": self.kind, "config": model.config, "model": model.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the task's further state for last.pt, as plain data."""
@@ -92,15 +99,15 @@ class Task:
 
     def finished(self, step: int) -> bool:
         """Return whether the run is complete after so many steps."""
-        raise NotImplementedError
+        return step >= self.total_steps
 
     def span(self, step: int) -> tuple[str, int, int]:
         """Return label, number of steps and steps already taken of the next progress bar."""
-        raise NotImplementedError
+        return "steps", self.total_steps, step
 
     def span_is_over(self, step: int) -> bool:
         """Return whether the progress bar's steps are done; a report and `end_span` follow."""
-        raise NotImplementedError
+        return self.finished(step)
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
         """Return this process's inputs (examples, ...) and the whole batch's number of targets."""

@@ -1,0 +1,117 @@
+"""Train a relational memory core, or an LSTM, on the paper's task "Learning to Execute" (arXiv:1806.01822).
+
+The input is a short program, one character per step; the output is its result. The defaults are the paper's
+settings: numbers of 5 digits, nesting 2, batch 128, Adam at 1e-3, 200,000 steps.
+
+Examples: python train_learning_to_execute.py --program-kind control --show 5
+          python train_learning_to_execute.py --recipe reverse --model lstm
+          python train_learning_to_execute.py --program-kind program --cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training import checkpoints, devices, distributed, flags, trainer
+from training.console import UserError
+from training.distributed import Processes
+from training.flags import option
+from training.trainer import Trainer
+
+import torch
+
+import tasks.learning_to_execute as task
+from tasks.learning_to_execute import SCRIPT, ExecuteModel, LearningToExecute
+
+# A few minutes on one CPU thread; the RMC and the LSTM have about as many parameters.
+SMALL = {"memslots": 4, "numheads": 2, "headsize": 32, "nhid": 96, "outputlayers": 2, "outputunits": 128}
+SMALL |= {"nesting": 1, "steps": 2000, "lr": 2e-3, "warmup": 100, "schedule": "cosine"}
+LENGTHS = {"addition": 3, "control": 2, "program": 2, "copy": 10, "reverse": 10, "double": 10}
+RECIPES = {kind: {**SMALL, "program_kind": kind, "length": length} for kind, length in LENGTHS.items()}
+RESUME_MAY_CHANGE = frozenset({"steps", "show"})
+
+
+def build_parser() -> flags.Parser:
+    """Return the script's command line."""
+    parser = flags.Parser(SCRIPT, __doc__)
+    # fmt: off
+    parser.add_argument("--recipe", choices=list(RECIPES),
+                        help="set several flags; flags on the command line override it")
+    group = parser.add_argument_group("task")
+    option(group, "--program-kind", None, "program", None, "what the programs do", choices=task.PROGRAM_KINDS)
+    option(group, "--nesting", int, 2, None, "operations in a program, each on the result of the last",
+           choices=range(1, len(task.VARIABLES) + 1))
+    option(group, "--length", flags.layer_count, 5, "DIGITS", "digits of a number, or of the string to copy")
+    option(group, "--difficulty", None, "mix", None,
+           "nesting and length of training examples: uniform from 1 to the values above (mix), these values "
+           "(full), or half of each (combined); all test examples are full", choices=task.DIFFICULTIES)
+    option(group, "--test-examples", flags.positive_int, 1280, "N",
+           "fixed examples that every report is measured on; the final figures are from "
+           f"{task.FINAL_TEST_FACTOR} times as many")
+    option(group, "--show", flags.positive_int, None, "N",
+           "only print N examples; with --evaluate, the model's answers too")
+    group = parser.add_argument_group("model")
+    option(group, "--model", None, "rmc", None, "relational memory core, or LSTM", choices=task.MODELS)
+    flags.add_core_flags(group, memslots=4, headsize=128, numheads=4, attmlplayers=2, keysize=0)
+    parser.set_defaults(gatestyle="memory")
+    option(group, "--nhid", flags.positive_int, 1024, "N", "hidden units of each of the two LSTM layers")
+    option(group, "--outputlayers", flags.layer_count, 4, "N", "ReLU layers between the core and the logits")
+    option(group, "--outputunits", flags.positive_int, 256, "N", "units of each of these layers")
+    # fmt: on
+    flags.add_step_flags(parser, steps=200_000, batch_size=128, lr=1e-3)
+    flags.add_run_flags(parser)
+    return parser
+
+
+def build_model(args: argparse.Namespace) -> ExecuteModel:
+    """Return the model that the flags describe, with random weights."""
+    head = {"head_layers": args.outputlayers, "head_units": args.outputunits}
+    return ExecuteModel(args.model, args.nhid, **head, **flags.core_arguments(args))
+
+
+def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
+    """Return the trainer that the arguments describe."""
+    make = functools.partial(build_model, args)
+    devices.check_model_fits(make, device)
+    model = make().to(device)
+    length = sum(task.longest(args.program_kind, args.nesting, args.length))
+    work = sum(weight.numel() for weight in model.parameters()) * args.batch_size * length
+    neighbours = distributed.processes_on_this_host()
+    args.threads = devices.choose_threads(args.threads, work / processes.world_size, device, neighbours)
+    training = LearningToExecute(model, args, device, processes)
+    print(f"task: {args.program_kind}; characters right with a constant answer: {training.chance:.1%}")
+    return Trainer(training, args, device, processes, functools.partial(torch.optim.Adam, model.parameters()))
+
+
+def evaluate_run(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
+    """Measure the best model of a run with the run's own arguments, on the device asked for now."""
+    flags.warn_of_ignored(parser, given, frozenset(("cuda", "threads", "show")))
+    folder = Path(args.evaluate)
+    of_run = flags.parse(parser, SCRIPT, {"resume": str(folder)}, {}, RESUME_MAY_CHANGE)
+    device = devices.choose_device(args.cuda, of_run.strict_float32)
+    devices.choose_threads(args.threads, 0, device)
+    if not (folder / "best.pt").is_file():
+        raise UserError(f"{folder} has no best.pt yet: it is written at the first report. Resume the run.")
+    task.measure(checkpoints.load_checkpoint(folder / "best.pt", device), of_run, device, args.show or 0)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    parser = build_parser()
+    given = parser.given(argv)
+    if "show" in given and "evaluate" not in given:
+        args = flags.parse(parser, SCRIPT, given, RECIPES, RESUME_MAY_CHANGE)
+        task.show_examples(task.write_programs(args, args.show, random.Random(task.FINAL_TEST_SEED)))
+        return 0
+    evaluate = functools.partial(evaluate_run, parser)
+    return trainer.run(trainer.Script(SCRIPT, parser, build, evaluate, RECIPES, RESUME_MAY_CHANGE), argv)
+
+
+if __name__ == "__main__":
+    distributed.run_script(main, "--batch-size (or raise --accumulate) or the sizes of the model")
