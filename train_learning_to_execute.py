@@ -14,14 +14,12 @@ import argparse
 import functools
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from training import checkpoints, devices, distributed, flags, trainer
-from training.console import UserError
+from training import devices, distributed, flags, trainer
 from training.distributed import Processes
 from training.flags import option
-from training.trainer import Trainer
+from training.trainer import Script, Trainer
 
 import torch
 
@@ -39,9 +37,8 @@ RESUME_MAY_CHANGE = frozenset({"steps", "show"})
 def build_parser() -> flags.Parser:
     """Return the script's command line."""
     parser = flags.Parser(SCRIPT, __doc__)
+    flags.add_recipe_flag(parser, RECIPES)
     # fmt: off
-    parser.add_argument("--recipe", choices=list(RECIPES),
-                        help="set several flags; flags on the command line override it")
     group = parser.add_argument_group("task")
     option(group, "--program-kind", None, "program", None, "what the programs do", choices=task.PROGRAM_KINDS)
     option(group, "--nesting", int, 2, None, "operations in a program, each on the result of the last",
@@ -57,13 +54,12 @@ def build_parser() -> flags.Parser:
            "only print N examples; with --evaluate, the model's answers too")
     group = parser.add_argument_group("model")
     option(group, "--model", None, "rmc", None, "relational memory core, or LSTM", choices=task.MODELS)
-    flags.add_core_flags(group, memslots=4, headsize=128, numheads=4, attmlplayers=2, keysize=0)
-    parser.set_defaults(gatestyle="memory")
+    flags.add_core_flags(group, task.CORE_DEFAULTS)
     option(group, "--nhid", flags.positive_int, 1024, "N", "hidden units of each of the two LSTM layers")
     option(group, "--outputlayers", flags.layer_count, 4, "N", "ReLU layers between the core and the logits")
     option(group, "--outputunits", flags.positive_int, 256, "N", "units of each of these layers")
     # fmt: on
-    flags.add_step_flags(parser, steps=200_000, batch_size=128, lr=1e-3)
+    flags.add_step_flags(parser.add_argument_group("training"), steps=200_000, batch_size=128, lr=1e-3)
     flags.add_run_flags(parser)
     return parser
 
@@ -88,16 +84,11 @@ def build(args: argparse.Namespace, device: torch.device, processes: Processes) 
     return Trainer(training, args, device, processes, functools.partial(torch.optim.Adam, model.parameters()))
 
 
-def evaluate_run(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
+def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Measure the best model of a run with the run's own arguments, on the device asked for now."""
-    flags.warn_of_ignored(parser, given, frozenset(("cuda", "threads", "show")))
-    folder = Path(args.evaluate)
-    of_run = flags.parse(parser, SCRIPT, {"resume": str(folder)}, {}, RESUME_MAY_CHANGE)
-    device = devices.choose_device(args.cuda, of_run.strict_float32)
+    of_run, device, best = trainer.open_best(script, args, given, frozenset(("cuda", "threads", "show")))
     devices.choose_threads(args.threads, 0, device)
-    if not (folder / "best.pt").is_file():
-        raise UserError(f"{folder} has no best.pt yet: it is written at the first report. Resume the run.")
-    task.measure(checkpoints.load_checkpoint(folder / "best.pt", device), of_run, device, args.show or 0)
+    task.measure(best, of_run, device, args.show or 0)
     return 0
 
 
@@ -109,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = flags.parse(parser, SCRIPT, given, RECIPES, RESUME_MAY_CHANGE)
         task.show_examples(task.write_programs(args, args.show, random.Random(task.FINAL_TEST_SEED)))
         return 0
-    evaluate = functools.partial(evaluate_run, parser)
-    return trainer.run(trainer.Script(SCRIPT, parser, build, evaluate, RECIPES, RESUME_MAY_CHANGE), argv)
+    return trainer.run(Script(SCRIPT, parser, build, evaluate_run, RECIPES, RESUME_MAY_CHANGE), argv)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import checkpoints, devices, distributed, flags, trainer
+from training import devices, distributed, flags, trainer
 from training.console import UserError
 from training.distributed import Processes
 from training.flags import option
 from training.muon import MuonWithAdam
-from training.trainer import Trainer
+from training.trainer import Script, Trainer
 
 import torch
 
@@ -83,24 +83,12 @@ def build_parser() -> flags.Parser:
     option(model, "--memory-scale", flags.positive_float, 1.0, "X",
            "factor on the identity matrix that is the initial memory; 1 in the paper")
     training = parser.add_argument_group("training")
-    option(training, "--steps", flags.positive_int, 500_000, "N",
-           "training steps; can be changed with --resume")
-    option(training, "--batch-size", flags.positive_int, 1600, "N", "examples per step, each used once")
-    option(training, "--lr", flags.positive_float, 1e-4, "X", "peak learning rate")
+    flags.add_step_flags(training, steps=500_000, batch_size=1600, lr=1e-4)
     option(training, "--optimizer", None, "adam", None,
            "adam, or muon: Muon at three times --lr for weight matrices, Adam for the rest",
            choices=tuple(OPTIMIZERS))
-    option(training, "--warmup", flags.non_negative_int, 0, "STEPS",
-           "steps in which the learning rate grows from 0")
-    option(training, "--schedule", None, "constant", None,
-           "learning rate after warm-up and curriculum: constant, or along a cosine to 0 at --steps",
-           choices=("constant", "cosine"))
-    option(training, "--clip", flags.non_negative_float, 0.1, "NORM",
-           "clip the gradient to this L2 norm; 0 = no clipping")
     option(training, "--target-accuracy", flags.probability, 1.0, "P",
            f"stop early when the test accuracy has reached this {HOLD} times in a row")
-    option(training, "--evaluate", None, None, "RUN_FOLDER",
-           "only measure a run's best.pt: accuracy by n, and a picture of the attention")
     # fmt: on
     flags.add_run_flags(parser)
     return parser
@@ -187,29 +175,18 @@ def work_of(model: NthFarthestModel, args: argparse.Namespace) -> float:
     return size * args.batch_size * args.num_vectors * slots
 
 
-def evaluate_run(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
+def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Measure the best model of a run with the run's own arguments, on the device asked for now."""
-    flags.warn_of_ignored(parser, given, frozenset(("cuda", "threads")))
-    if not distributed.from_environment().is_main:  # seconds of work, not worth sharing
-        return 0
-    folder = Path(args.evaluate)
-    of_run = flags.parse(parser, SCRIPT, {"resume": str(folder)}, {}, RESUME_MAY_CHANGE)
-    device = devices.choose_device(args.cuda, of_run.strict_float32)
-    if not (folder / "best.pt").is_file():
-        raise UserError(f"{folder} has no best.pt yet: it is written at the first report. Resume the run.")
-    checkpoint = checkpoints.load_checkpoint(folder / "best.pt", device)
-    devices.choose_threads(args.threads, work_of(build_model(of_run), of_run), device)
-    measure(checkpoint, folder, of_run, device)
+    if distributed.from_environment().is_main:  # seconds of work, not worth sharing
+        of_run, device, best = trainer.open_best(script, args, given, frozenset(("cuda", "threads")))
+        devices.choose_threads(args.threads, work_of(build_model(of_run), of_run), device)
+        measure(best, Path(args.evaluate), of_run, device)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
-    parser = build_parser()
-    evaluate = functools.partial(evaluate_run, parser)
-    script = trainer.Script(
-        SCRIPT, parser, build, evaluate, recipes=RECIPES, resume_may_change=RESUME_MAY_CHANGE
-    )
+    script = Script(SCRIPT, build_parser(), build, evaluate_run, RECIPES, RESUME_MAY_CHANGE)
     return trainer.run(script, argv)
 
 

@@ -387,9 +387,7 @@ def script(
         task = LanguageModelling(model, corpus, args, kind, device, processes)
         return Trainer(task, args, device, processes, optimizer_of(model, args))
 
-    return Script(
-        name, parser, build, functools.partial(score, parser), recipes, frozenset({"epochs", "data"})
-    )
+    return Script(name, parser, build, score, recipes, frozenset({"epochs", "data"}))
 
 
 def choose_threads(requested: int, model: LanguageModel, tokens: int, device: torch.device) -> int:
@@ -439,12 +437,12 @@ def load_text(
     return corpus
 
 
-def score(parser: flags.Parser, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
+def score(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Score a checkpoint on valid and test: the --evaluate of both scripts, for the models of either one.
 
     Text and columns are those of its run, unless the command line names others.
     """
-    flags.warn_of_ignored(parser, given, USED_BY_EVALUATE)
+    flags.warn_of_ignored(script.parser, given, USED_BY_EVALUATE)
     path = find_checkpoint(args.evaluate)
     device, processes = distributed.start(args)
     checkpoint = checkpoints.load_checkpoint(path)

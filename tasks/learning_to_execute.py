@@ -30,11 +30,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.fused import fused_precision
-from layers.language_model import constructor_arguments
 from relational_rnn_fast import FastRelationalMemory
+from tasks import nth_farthest
 
 SCRIPT = "train_learning_to_execute"
 MODELS = ("rmc", "lstm")
+CORE_DEFAULTS = nth_farthest.CORE_DEFAULTS | {
+    "mem_slots": 4,
+    "head_size": 128,
+    "num_heads": 4,
+    "gate_style": "memory",
+}
 CHARACTERS = string.digits + string.ascii_lowercase + "+-*=<>(): \n"  # of programs
 END = "."
 SYMBOLS = string.digits + END  # of answers
@@ -169,9 +175,10 @@ class ExecuteModel(nn.Module):
     """
 
     def __init__(self, model: str, hidden_size: int, head_layers: int, head_units: int, **core: Any):
-        config = constructor_arguments(locals())
         super().__init__()
-        self.config = config  # plain data for a checkpoint: ExecuteModel(**config) has the same shape
+        # Plain data for a checkpoint: ExecuteModel(**config) has the same shape.
+        sizes = {"hidden_size": hidden_size, "head_layers": head_layers, "head_units": head_units}
+        self.config = {"model": model, **sizes, **core}
         inputs = len(CHARACTERS)
         if model == "rmc":
             self.core = FastRelationalMemory(input_size=inputs, return_all_outputs=True, **core)
@@ -262,10 +269,10 @@ class LearningToExecute(trainer.Task):
     def load_state_dict(self, saved: Mapping[str, Any], step: int) -> None:
         self.draw.setstate(saved["random"])
 
-    def next_batch(self) -> tuple[tuple[Tensor, ...], int, float]:
+    def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
         examples = write_programs(self.args, self.args.batch_size, self.draw, self.args.difficulty)
         batch = encode(examples[self.mine], self.sizes)
-        return tuple(part.to(self.device) for part in batch), self.args.batch_size, 1.0
+        return tuple(part.to(self.device) for part in batch), self.args.batch_size
 
     def losses(self, model: nn.Module, state: None, *inputs: Tensor) -> tuple[Tensor, Tensor, None]:
         codes, steps, targets = inputs

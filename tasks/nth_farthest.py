@@ -255,6 +255,7 @@ class NthFarthest(Task):
         processes: divide the batch's examples, in order.
     """
 
+    kind = KIND
     sums = ("losses", "correct")
     score_name = "test_accuracy"
     higher_is_better = True
@@ -288,9 +289,6 @@ class NthFarthest(Task):
         """Targets of a batch of the full task; other stages have other shapes and are not captured."""
         return self.args.batch_size if self.in_full_task else 0
 
-    def describe(self, model: NthFarthestModel) -> dict[str, Any]:
-        return {"kind": KIND, "config": model.config, "model": model.state_dict()}
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "generator": self.generator.get_state(),
@@ -310,13 +308,7 @@ class NthFarthest(Task):
     # -- the loop
 
     def finished(self, step: int) -> bool:
-        return step >= self.args.steps or self.position.times_on_target >= HOLD
-
-    def span(self, step: int) -> tuple[str, int, int]:
-        return self.args.model, self.args.steps, step
-
-    def span_is_over(self, step: int) -> bool:
-        return self.finished(step)
+        return super().finished(step) or self.position.times_on_target >= HOLD
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
         args, full = self.args, self.in_full_task

@@ -205,16 +205,15 @@ def add_core_flags(group: argparse._ArgumentGroup, core: Mapping[str, Any]) -> N
     # fmt: on
 
 
-def add_step_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int, lr: float) -> None:
-    """Add the flags of training by steps on fresh examples, with these defaults, and --evaluate."""
+def add_step_flags(group: argparse._ArgumentGroup, steps: int, batch_size: int, lr: float) -> None:
+    """Add the flags of training by steps on fresh examples, with these defaults."""
     # fmt: off
-    group = parser.add_argument_group("training")
     option(group, "--steps", positive_int, steps, "N", "training steps; can be changed with --resume")
     option(group, "--batch-size", positive_int, batch_size, "N", "examples per step, each used once")
-    option(group, "--lr", positive_float, lr, "X", "peak learning rate of Adam")
+    option(group, "--lr", positive_float, lr, "X", "peak learning rate")
     option(group, "--warmup", non_negative_int, 0, "STEPS", "steps in which the learning rate grows from 0")
     option(group, "--schedule", None, "constant", None,
-           "learning rate after the warm-up: constant, or along a cosine to 0 at --steps",
+           "learning rate after warm-up (and curriculum): constant, or along a cosine to 0 at --steps",
            choices=("constant", "cosine"))
     option(group, "--clip", non_negative_float, 0.1, "NORM",
            "clip the gradient to this L2 norm; 0 = no clipping")

@@ -499,8 +499,8 @@ class Script:
         name: without '.py'.
         parser: its command line.
         build: makes the trainer from arguments, device and processes.
-        evaluate: what --evaluate does, from arguments and the flags that the command line contains; returns
-            the exit status.
+        evaluate: what --evaluate does, from the script, arguments and the flags that the command line
+            contains; returns the exit status.
         recipes: what --recipe may name.
         resume_may_change: flags that may change when a run is resumed, besides those of every script.
     """
@@ -508,9 +508,32 @@ class Script:
     name: str
     parser: flags.Parser
     build: Callable[[argparse.Namespace, torch.device, Processes], Trainer]
-    evaluate: Callable[[argparse.Namespace, dict[str, Any]], int]
+    evaluate: Callable[[Script, argparse.Namespace, dict[str, Any]], int]
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     resume_may_change: frozenset[str] = frozenset()
+
+
+def open_best(
+    script: Script, args: argparse.Namespace, given: Mapping[str, Any], used: frozenset[str]
+) -> tuple[argparse.Namespace, torch.device, dict[str, Any]]:
+    """Return what --evaluate needs: the run's arguments, the device asked for now, and the run's best.pt.
+
+    Args:
+        script: the run's.
+        args: the present arguments.
+        given: the flags that the command line contains.
+        used: those that --evaluate uses; the others trigger a warning.
+
+    Raises:
+        UserError: there is no such run, or it has no best.pt yet.
+    """
+    flags.warn_of_ignored(script.parser, given, used)
+    folder = Path(args.evaluate)
+    of_run = flags.parse(script.parser, script.name, {"resume": str(folder)}, {}, script.resume_may_change)
+    device = devices.choose_device(args.cuda, of_run.strict_float32)
+    if not (folder / "best.pt").is_file():
+        raise UserError(f"{folder} has no best.pt yet: it is written at the first report. Resume the run.")
+    return of_run, device, checkpoints.load_checkpoint(folder / "best.pt", device)
 
 
 def run(script: Script, argv: Sequence[str] | None) -> int:
@@ -529,7 +552,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
     given = script.parser.given(argv)
     args = flags.parse(script.parser, script.name, given, script.recipes, script.resume_may_change)
     if args.evaluate is not None:
-        return script.evaluate(args, given)
+        return script.evaluate(script, args, given)
     device, processes = distributed.start(args)
     torch.manual_seed(args.seed)
     trainer = script.build(args, device, processes)
