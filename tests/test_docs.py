@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "results").glob("**/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SCRIPTS = ("train_rmc", "train_rnn", "train_nth_farthest", "generate_rmc")
 
 
