@@ -72,9 +72,7 @@ def build_model(args: argparse.Namespace) -> ExecuteModel:
 
 def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
     """Return the trainer that the arguments describe."""
-    make = functools.partial(build_model, args)
-    devices.check_model_fits(make, device)
-    model = make().to(device)
+    model = build_model(args).to(device)
     length = sum(task.longest(args.program_kind, args.nesting, args.length))
     work = sum(weight.numel() for weight in model.parameters()) * args.batch_size * length
     neighbours = distributed.processes_on_this_host()

@@ -148,9 +148,7 @@ def curriculum(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
     """Return the trainer that the arguments describe."""
-    make = functools.partial(build_model, args)
-    devices.check_model_fits(make, device)
-    model = make().to(device)
+    model = build_model(args).to(device)
     work, neighbours = work_of(model, args) / processes.world_size, distributed.processes_on_this_host()
     args.threads = devices.choose_threads(args.threads, work, device, neighbours)
     chance, plateau = 1 / args.num_vectors, 2 / args.num_vectors

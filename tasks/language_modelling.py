@@ -150,6 +150,7 @@ class LanguageModelling(Task):
 
     sums = ("losses",)
     score_name = "valid_loss"
+    length_flags = "--epochs"
 
     def __init__(
         self,
@@ -194,12 +195,14 @@ class LanguageModelling(Task):
     def state_dict(self) -> dict[str, Any]:
         return {"corpus": self.fingerprint}
 
-    def check(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], step: int) -> None:
         if saved["corpus"] != self.fingerprint:
             raise UserError(
                 f"the text in {self.corpus.folder} is not the one that this run was started on. Name the "
                 "folder of that text with --data, or start a new run."
             )
+        if self.position.offset > self.columns.length:
+            raise ValueError(f"the position's offset is {self.position.offset}, beyond the text")
 
     # -- batches
 
@@ -377,9 +380,7 @@ def script(
             f"tokens (train / valid / test), {words:,} words"
         )
         try:
-            make = functools.partial(build_model, args, words, choose_softmax(args, words))
-            devices.check_model_fits(make, device)
-            model = make().to(device)
+            model = build_model(args, words, choose_softmax(args, words)).to(device)
         except ValueError as error:
             raise UserError(str(error)) from None
         tokens = args.batch_size * args.bptt // processes.world_size

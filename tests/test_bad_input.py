@@ -110,7 +110,7 @@ def trained(tmp_path_factory):
 
 # ---- values of flags, by kind
 
-NOT_NUMBERS = ["x", "", " ", "nan", "inf", "-inf", "1e999", "0x10", "1,5", "½"]
+NOT_NUMBERS = ["x", "", " ", "nan", "inf", "-inf", "1e999", "0xf", "1,5", "½"]
 # Type of value: smallest accepted, largest accepted, refused besides NOT_NUMBERS.
 KINDS = {
     flags.positive_int: ("1", "2147483647", ["0", "-1", "1.5", "2147483648"]),
@@ -159,15 +159,13 @@ def test_flags_that_take_numbers_refuse_everything_else(script, answer, capsys):
 
 
 @pytest.mark.parametrize("script", SMALL)
-def test_the_smallest_and_largest_numbers_are_refused_or_trained_with(
+def test_the_smallest_numbers_are_refused_or_trained_with(
     script, answer, tmp_path, trained, stop_after_one_step
 ):
     data = [] if script == "train_nth_farthest" else ["--data", trained["corpus"]]
     tried = {flag for flag, _ in number_flags("train_rmc")} if script == "train_rnn" else set()
     for flag, action in number_flags(script):
-        for value in () if flag in tried else KINDS.get(action.type, ("2", "2147483647", []))[:2]:
-            if value in ("1000", "1024") or f"{flag}={value}" == "--bptt=2147483647":  # accepted and slow
-                continue
+        for value in () if flag in tried else KINDS.get(action.type, ("2",))[:1]:
             folder = tmp_path / "runs"
             said = answer(script, *SMALL[script], *data, "--runs-folder", folder, f"{flag}={value}")
             saved = list(folder.glob("*/last.pt"))
@@ -209,12 +207,10 @@ REFUSED = [
     ("train_rnn", "--batch-size 2380", ["train.txt and --batch-size", "2,380 tokens", "at most 2,379"]),
     ("train_rmc", "--eval-batch-size 602", ["valid.txt and --eval-batch-size", "at most 601"]),
     ("train_rnn", "--accumulate 3", ["--batch-size 14 is not a multiple of 3", "Try 12 or 15"]),
-    ("train_rmc", "--headsize 2147483647", ["sizes", "Lower"]),
-    ("train_rnn", "--nhid 2000000", ["needs .* GB", "has .* GB", "Lower"]),
     ("train_rmc", "--data NONE", ["no folder", "none"]),
-    ("train_rmc", "--resume FILE", ["is not the folder of an earlier run", "is a file"]),
-    ("train_rmc", "--resume NONE", ["is not the folder of an earlier run", "missing"]),
-    ("train_rmc", "--resume EMPTY", ["not a run folder: it has no args.json"]),
+    ("train_rmc", "--resume FILE", ["file is not a run folder", "Name the folder of a run"]),
+    ("train_rmc", "--resume EMPTY", ["not a run folder: there is no .*args.json"]),
+    ("train_rmc", "--resume BEGUN", ["there is no .*last.pt: the run ended before its first save"]),
     ("train_rmc", "--resume OTHER", ["a run of train_rnn.py, this is train_rmc.py"]),
     ("train_rnn", "--resume RUN --emsize 13", ["--emsize cannot change", "12", "13", "Omit --emsize"]),
     ("train_rnn", "--resume RUN --batch_size 64", ["--batch-size cannot change", "14", "64"]),  # the default
@@ -238,6 +234,7 @@ def test_flags_that_cannot_be_followed_are_refused(script, answer, monkeypatch, 
         "RUN": trained.get(script),
         "OTHER": trained["train_rnn"],
         "NTH": trained["train_nth_farthest"] / "best.pt",
+        "BEGUN": tmp_path / "runs" / "taken",
         **{name: tmp_path / name.lower() for name in ("FILE", "NONE", "EMPTY", "BLANK")},
     }
     places["FILE"].write_text("no checkpoint, no folder")
@@ -245,7 +242,8 @@ def test_flags_that_cannot_be_followed_are_refused(script, answer, monkeypatch, 
     places["BLANK"].mkdir()
     for split in ("train", "valid", "test"):
         (places["BLANK"] / f"{split}.txt").write_text("\n" * 300)
-    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    places["BEGUN"].mkdir(parents=True)
+    shutil.copy(trained["train_rmc"] / "args.json", places["BEGUN"])
     monkeypatch.chdir(tmp_path)
     for name, line, patterns in REFUSED:
         if name != script:

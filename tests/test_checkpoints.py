@@ -1,6 +1,5 @@
 """Checkpoints: plain data, never half written; damaged and foreign files are refused."""
 
-import json
 import math
 import os
 import pickle
@@ -220,25 +219,3 @@ def test_optimiser_state_must_fit_its_parameters(name, value):
     optimizer.state[parameter][name] = value
     with pytest.raises(ValueError, match=f"optimiser's {name} is .* for a parameter of .2, 3. torch"):
         checkpoints.check_optimizer(optimizer)
-
-
-@pytest.mark.parametrize(
-    "events, refused",
-    [
-        ([], False),
-        ([{"event": "train", "epoch": 1, "step": 100}, {"event": "valid", "epoch": 1, "step": 120}], False),
-        ([{"event": "train", "epoch": 2, "step": 200}], True),
-        ([{"event": "test", "epoch": 1, "step": 120}], True),
-        ([{"event": "final", "step": 900}], True),
-        ([{"event": "train", "epoch": "two", "step": 200}], False),
-    ],
-)
-def test_run_whose_last_pt_was_deleted_is_not_started_again(tmp_path, events, refused):
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    if refused:
-        with pytest.raises(UserError, match="has no last.pt, although.*Start a new run without --resume"):
-            checkpoints.load_last(tmp_path)
-    else:
-        assert checkpoints.load_last(tmp_path) is None
-    save_checkpoint(tmp_path / "last.pt", {"step": 3})
-    assert checkpoints.load_last(tmp_path)["step"] == 3

@@ -185,10 +185,11 @@ def test_names_outside_ascii_and_utf8(corpus, tmp_path, monkeypatch):
 
 def test_threads_are_recorded_and_kept(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "MULTIPLICATIONS_WORTH_A_THREAD", 1)
-    monkeypatch.setattr(devices, "available_cores", lambda: 3)
+    monkeypatch.setattr(devices, "available_cores", lambda: 7)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     assert train(corpus, tmp_path, "--epochs", "1") == 0
-    assert "device: CPU, 3 threads, chosen for a large model on 3 cores" in capsys.readouterr().out
+    assert "device: CPU, 3 threads, chosen for a large model on 7 cores" in capsys.readouterr().out
     assert runs.read_json(tmp_path / "run" / "args.json")["arguments"]["threads"] == 3
     monkeypatch.setattr(devices, "available_cores", lambda: 8)
     assert train_rnn.main(["--resume", str(tmp_path / "run")]) == 0

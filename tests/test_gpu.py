@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training import cuda_graphs, runs, trainer
+from training import cuda_graphs, runs
 from training.cuda_graphs import CapturedStep, capture_together
 
 import pytest
@@ -33,7 +33,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 @pytest.fixture
 def capture(monkeypatch):
-    """Replace torch's capture by one that fails at its end, as a real one does after an error."""
+    """Capture on a CPU, in a way that fails at its end, as a real capture does after an error."""
 
     @contextlib.contextmanager
     def graph(*arguments, **options):
@@ -43,6 +43,8 @@ def capture(monkeypatch):
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
+    monkeypatch.setattr(cuda_graphs, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(CapturedStep, "_on_side_stream", lambda step, inputs: step.function(*inputs))
@@ -57,9 +59,7 @@ def step_failing_in_capture(cause, calls, **options):
             raise cause
         calls.append(x)
 
-    step = CapturedStep(function, CPU, **options)
-    step.enabled = True
-    return step
+    return CapturedStep(function, CPU, **options)
 
 
 def test_failed_capture_reports_its_cause_and_continues_eagerly(capture):
@@ -87,22 +87,16 @@ def test_out_of_memory_hidden_by_a_failed_capture_is_raised(capture, kind):
 
 def test_when_one_step_cannot_be_captured_none_is_replayed(capture):
     reasons = []
-    steps = capture_together([lambda: "first", lambda: "second"], reasons.append, device=CPU)
+    steps = capture_together([lambda: "first", lambda: "second"], CPU, reasons.append)
     assert [step() for step in steps] == ["first", "second"] and not reasons
     for step in steps:
-        step.enabled, step.warmup_left = True, 0
+        step.warmup_left = 0
     steps[0].graph = object()  # recorded before
     assert steps[1]() == "second" and steps[0]() == "first"
     assert len(reasons) == 1 and not any(step.enabled or step.graph for step in steps)
 
 
-def test_run_whose_capture_fails_is_finished_and_logs_the_reason(capture, monkeypatch, tmp_path, capsys):
-    def enabled(*arguments, **options):
-        (step,) = capture_together(*arguments, **options)
-        step.enabled = True
-        return [step]
-
-    monkeypatch.setattr(trainer, "capture_together", enabled)
+def test_run_whose_capture_fails_is_finished_and_logs_the_reason(capture, tmp_path, capsys):
     flags = [*KINDS["nth lstm"][1].split(), "--runs-folder", str(tmp_path), "--name", "run"]
     assert train_nth_farthest.main(flags) == 0
     (event,) = (e for e in runs.read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "not_captured")
@@ -130,7 +124,7 @@ def compare_failed_capture_with_eager_steps():
             if len(found) == cuda_graphs.WARMUP_CALLS + 1:
                 found[0].sum().item()  # waits for the GPU, which breaks the capture
 
-        step = CapturedStep(work, GPU, enabled, on_failure=reasons.append)
+        step = CapturedStep(work, GPU, on_failure=reasons.append) if enabled else work
         for _ in range(8):
             step()
         assert len(reasons) == enabled and len(found) == 8 + enabled

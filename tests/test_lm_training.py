@@ -403,14 +403,3 @@ def test_few_steps_in_an_epoch_trigger_a_warning(tmp_path, capsys):
     assert not capsys.readouterr().err
     make_trainer(tmp_path, "rnn", "--batch-size", "6")
     assert "only 8 steps of 6 x 11 tokens. Lower --batch-size or --bptt" in capsys.readouterr().err
-
-
-def test_another_number_of_pieces_triggers_a_warning_where_dropout_depends_on_it(tmp_path, capsys):
-    for dropped, warnings in (["--dropout-words", "0.1"], 1), ([], 0):
-        trainer = make_trainer(tmp_path, "rnn", *dropped)
-        trainer.save_last()
-        last = checkpoints.load_checkpoint(tmp_path / "last.pt")
-        make_trainer(tmp_path, "rnn", *dropped).restore(last)
-        assert "--accumulate" not in capsys.readouterr().err
-        make_trainer(tmp_path, "rnn", *dropped, "--accumulate", "7").restore(last)
-        assert capsys.readouterr().err.count("--accumulate was 1 and is now 7") == warnings

@@ -140,6 +140,76 @@ def test_ctrl_c_saves_tests_the_best_model_and_shows_how_to_resume(
     assert event["event"] == "interrupt" and event["best_epoch"] == 1 and event["loss"] > 0
 
 
+# ---- the numbers of the log
+
+
+def test_reported_speeds_norms_and_losses_are_those_of_their_steps(corpus_folder, tmp_path, monkeypatch):
+    """On a clock that only these stand-ins advance; after step 17 the run is stopped and resumed."""
+    now, nats, norms = [100.0], [], []
+    losses, clip = language_modelling.LanguageModelling.losses, torch.nn.utils.clip_grad_norm_
+    evaluate = language_modelling.evaluate
+
+    def slow_losses(task, *arguments):
+        found = losses(task, *arguments)
+        nats.append(found[0].item())
+        now[0] += len(nats) / 32  # every step takes longer than the one before
+        return found
+
+    def slow_clip(*arguments):
+        norms.append(clip(*arguments))
+        now[0] += 0.25
+        return norms[-1]
+
+    def slow_evaluate(*arguments):
+        now[0] += 3
+        return evaluate(*arguments)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(language_modelling.LanguageModelling, "losses", slow_losses)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", slow_clip)
+    monkeypatch.setattr(language_modelling, "evaluate", slow_evaluate)
+    after_step(monkeypatch, 17)
+    _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "2")
+    now[0] += 5000  # between the two sessions, and the interrupted run's test of its best model
+    assert train_rnn.main(["--resume", str(folder)]) == 0
+
+    counts = [210] * 11 + [69] + [210] * 11 + [69]  # targets of each step
+    took = [n / 32 + 0.25 for n in range(1, 25)]
+    events = [e for e in runs.read_log(folder / "log.jsonl") if e["event"] not in ("resume", "interrupt")]
+    intervals = {5: (0, 0), 10: (5, 5), 12: (10, 10), 15: (12, 12), 20: (15, 17), 24: (20, 20)}
+    for event in events:
+        step = event["step"]
+        work = sum(took[:step]) + 3 * ((step > 12) + (step == 12) * (event["event"] == "valid"))
+        if event["event"] == "train":
+            first, timed = intervals.pop(step)  # the steps since the last report, and those of this session
+            elapsed, steps = sum(took[timed:step]), step - timed
+            mean = sum(nats[first:step]) / sum(counts[first:step])
+            assert event["loss"] == pytest.approx(mean) and event["ppl"] == pytest.approx(math.exp(mean))
+            assert event["grad_norm"] == pytest.approx(sum(norms[first:step]).item() / (step - first))
+            assert event["ms_per_batch"] == pytest.approx(1000 * elapsed / steps)
+            forward = sum(took[timed:step]) - 0.25 * steps
+            assert event["forward_ms_per_batch"] == pytest.approx(1000 * forward / steps)
+            assert event["tokens_per_second"] == pytest.approx(sum(counts[timed:step]) / elapsed)
+        elif event["event"] == "valid":
+            assert event["train_loss"] == pytest.approx(sum(nats[step - 12 : step]) / 2379)
+            assert event["train_ppl"] == pytest.approx(math.exp(event["train_loss"]))
+        if step == 24 and event["event"] != "train":
+            work += 3
+        assert event["seconds"] == pytest.approx(work, abs=0.001), (event["event"], step)
+    assert not intervals and [event["event"] for event in events].count("valid") == 2
+
+
+def test_only_full_batches_are_captured(corpus_folder, tmp_path, monkeypatch):
+    captured = []
+
+    def capture_together(functions, device, on_failure, beside_threads):
+        return [lambda *inputs: (captured.append(inputs[0].shape), functions[0](*inputs))]
+
+    monkeypatch.setattr("training.trainer.capture_together", capture_together)
+    assert run(train_rnn, corpus_folder, tmp_path, "--epochs", "2")[0] == 0
+    assert captured == [(14, 15)] * 22  # of 24 steps: the last window of an epoch has 5 tokens
+
+
 # ---- files of a run that are missing, foreign or altered
 
 
@@ -164,39 +234,11 @@ def copied(finished, tmp_path):
     return tmp_path / "runs"
 
 
-def test_best_pt_newer_than_last_pt_is_the_score_to_beat(copied):
-    """A run killed between the two writes repeats the epoch; on a GPU it may end with another loss."""
-    folder = copied / "train_rnn"
-    best = checkpoints.load_checkpoint(folder / "best.pt")
-    best["scores"] = {"epoch": 2, "step": 2 * STEPS, "valid_loss": 0.125}
-    checkpoints.save_checkpoint(folder / "best.pt", best)
-    kept = (folder / "best.pt").read_bytes()
-    assert train_rnn.main(["--resume", str(folder), "--epochs", "3"]) == 0
-    assert (folder / "best.pt").read_bytes() == kept
-    position = checkpoints.load_checkpoint(folder / "last.pt")["position"]
-    assert (position["best_score"], position["best_step"]) == (0.125, 2 * STEPS)
-
-
-def test_a_finished_run_without_best_pt_says_so_and_can_train_on(copied):
+def test_a_finished_run_without_best_pt_says_so(copied):
     folder = copied / "train_rnn"
     (folder / "best.pt").unlink()
     with pytest.raises(UserError, match="best.pt is missing"):
         train_rnn.main(["--resume", str(folder)])
-    last = checkpoints.load_checkpoint(folder / "last.pt")
-    last["position"]["best_score"] = 0.125  # better than what the next epoch reaches
-    checkpoints.save_checkpoint(folder / "last.pt", last)
-    assert train_rnn.main(["--resume", str(folder), "--epochs", "2"]) == 0
-    assert checkpoints.load_checkpoint(folder / "best.pt")["scores"]["epoch"] == 2
-
-
-def test_best_pt_of_another_model_is_refused_before_training(copied):
-    folder = copied / "train_rmc"
-    shutil.copy(copied / "train_rnn" / "best.pt", folder / "best.pt")
-    kept = (folder / "last.pt").read_bytes()
-    for more in ([], ["--epochs", "2"]):
-        with pytest.raises(UserError, match="best.pt does not hold this run's model"):
-            train_rmc.main(["--resume", str(folder), *more])
-    assert (folder / "last.pt").read_bytes() == kept
 
 
 def test_a_run_from_before_an_argument_was_added_is_resumed(copied):
@@ -217,11 +259,18 @@ def test_resume_refuses_another_text(copied, tmp_path):
         train_rnn.main(["--resume", str(copied / "train_rnn"), "--epochs", "2", "--data", str(other)])
 
 
-def test_last_pt_of_another_version_is_refused(copied):
+@pytest.mark.parametrize(
+    "change, found",
+    [({"epoch": "two"}, "epoch is 'two'"), ({"step": -3}, "step is -3"), ({"seconds": "long"}, "seconds")]
+    + [({"offset": -15}, "offset is -15"), ({"offset": 171}, "offset is 171"), ({"epoch": 0}, "epoch is 0")]
+    + [({"seconds": math.nan}, "seconds is nan"), ({"step": True}, "step is True"), (None, "KeyError")],
+)
+def test_altered_position_is_refused(copied, change, found):
     folder = copied / "train_rnn"
     last = checkpoints.load_checkpoint(folder / "last.pt")
-    checkpoints.save_checkpoint(folder / "last.pt", {**last, "position": {"epoch": 1}})
-    with pytest.raises(UserError, match="last.pt does not fit this run .KeyError"):
+    last["position"] = {} if change is None else {**last["position"], **change}
+    checkpoints.save_checkpoint(folder / "last.pt", last)
+    with pytest.raises(UserError, match=f"last.pt does not fit this run .*{found}"):
         train_rnn.main(["--resume", str(folder), "--epochs", "2"])
 
 
@@ -334,10 +383,11 @@ def test_flags_reach_the_training_loop(corpus_folder, tmp_path):
     script = language_modelling.script("train_rnn", "rnn", parser, train_rnn.build_model, {})
     trainer = script.build(args, torch.device("cpu"), ALONE)
     trainer.train(tmp_path)
+    trainer.model.train()
     loss = runs.read_log(tmp_path / "log.jsonl")[-1]["loss"]
     for columns, equal in ((4, True), (5, False)):
         again = language_modelling.evaluate(trainer.model, trainer.task.corpus.valid, columns, 9, "cpu")
-        assert (abs(loss - again) < 1e-6) == equal
+        assert (abs(loss - again) < 1e-6) == equal and trainer.model.training
 
 
 @SCRIPTS
@@ -431,9 +481,5 @@ def test_a_resumed_run_keeps_the_flags_of_its_recipe(finished, tmp_path, capsys,
     assert "recipe tiny:" not in output and "the learning rate jumps" in warned
     args = checkpoints.load_checkpoint(tmp_path / "r" / "last.pt")["args"]
     assert args["dropout"] == 0.1 and args["emsize"] == 6 and args["epochs"] == 2
-    # torchrun restarts a run with the command line that began it.
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert train_rnn.main([*argv, "2"]) == 0
-    assert "nothing to train" in capsys.readouterr().out
     with pytest.raises(UserError, match="--recipe cannot change"):
         train_rnn.main(["--resume", folder, "--recipe", "wikitext2"])

@@ -162,7 +162,7 @@ class Bench:
             if after is not None:
                 state.copy_(after.detach())
 
-        return CapturedStep(step, self.device, enabled=captured)
+        return CapturedStep(step, self.device) if captured else step
 
     def time(self, call: Callable[[], object], repeats: int) -> float:
         """Return the seconds of one call, averaged over `repeats` calls."""

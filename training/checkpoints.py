@@ -13,7 +13,7 @@ from typing import Any
 
 from training.console import UserError, first_line, is_out_of_memory, warn
 from training.files import atomic_write
-from training.runs import VERSION, read_log
+from training.runs import VERSION
 
 import torch
 from torch import nn
@@ -82,27 +82,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return contents
 
 
-def load_last(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-    """Return the contents of a run's last.pt, or None if the run was killed before its first save.
-
-    Raises:
-        UserError: see `load_checkpoint`; or the log shows that a last.pt was deleted. Training from the start
-            would then mix two runs in one folder.
-    """
-    path, log = folder / "last.pt", folder / "log.jsonl"
-    if path.exists():
-        return load_checkpoint(path, device)
-    for event in read_log(log) if log.exists() else ():
-        epoch = event.get("epoch")
-        later = isinstance(epoch, (int, float)) and epoch > 1
-        if later or event.get("event") in ("test", "final", "interrupt"):
-            raise UserError(
-                f"{folder} has no last.pt, although its log shows that one was written. Start a new run "
-                "without --resume."
-            )
-    return None
-
-
 # ---- contents
 
 
@@ -142,9 +121,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if not isinstance(value, torch.Tensor) or name == "step" and value.numel() == 1:
-                continue
-            if value.shape != parameter.shape or value.dtype != parameter.dtype:
+            if name != "step" and (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
                 raise ValueError(
                     f"the optimiser's {name} is {tuple(value.shape)} {value.dtype}, for a parameter of "
                     f"{tuple(parameter.shape)} {parameter.dtype}"

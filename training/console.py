@@ -26,6 +26,9 @@ STOP_SIGNALS = [
     if hasattr(signal, name)
 ]
 
+# In messages of RuntimeErrors: torch has no exception class for these.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class UserError(Exception):
     """A mistake that the user can correct. The message says what was wrong, what was found and what to do."""
@@ -45,14 +48,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             return True
-        text = str(error)
-        if isinstance(error, RuntimeError) and (
-            # torch has no exception class for these.
-            "DefaultCPUAllocator" in text
-            or "not enough memory" in text
-            or "out of memory" in text
-            or "CUBLAS_STATUS_ALLOC_FAILED" in text
-        ):
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -180,7 +176,7 @@ class Progress:
             desc=label,
             dynamic_ncols=True,
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=not getattr(sys.stderr, "isatty", bool)(),  # a notebook's or service's may lack it
             bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
         )
 

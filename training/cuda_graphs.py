@@ -7,7 +7,7 @@ them at once.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from training.console import first_line, is_out_of_memory
@@ -15,6 +15,7 @@ from training.console import first_line, is_out_of_memory
 import torch
 from torch import Tensor
 
+DEVICE_TYPE = "cuda"  # where functions can be captured
 # Eager calls before the capture. In them, libraries initialise and the optimiser creates its state.
 WARMUP_CALLS = 3
 
@@ -34,8 +35,7 @@ class CapturedStep:
 
     Args:
         function: takes tensors on the device; returns a tensor, a structure of tensors or None.
-        device: where it computes; it is captured on a CUDA device only.
-        enabled: False calls it eagerly everywhere.
+        device: where it computes.
         on_failure: called with the reason, in one line, when the capture fails. Later calls are eager.
         beside_threads: whether other threads use the device too, as NCCL's watchdog does.
     """
@@ -44,7 +44,6 @@ class CapturedStep:
         self,
         function: Callable[..., Any],
         device: torch.device,
-        enabled: bool = True,
         on_failure: Callable[[str], None] = print,
         beside_threads: bool = False,
     ):
@@ -52,7 +51,7 @@ class CapturedStep:
         self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0', as tensors have it
         self.on_failure = on_failure
         self.capture_error_mode = "thread_local" if beside_threads else "global"
-        self.enabled = enabled and device.type == "cuda"
+        self.enabled = device.type == DEVICE_TYPE
         self.stream = torch.cuda.Stream(device) if self.enabled else None
         self.warmup_left = WARMUP_CALLS
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -130,23 +129,23 @@ class CapturedStep:
 
 
 def capture_together(
-    functions: Iterable[Callable[..., Any]], on_failure: Callable[[str], None] = print, **options: Any
-) -> list[CapturedStep]:
-    """Return captured steps of which either all are replayed or none.
+    functions: Sequence[Callable[..., Any]],
+    device: torch.device,
+    on_failure: Callable[[str], None] = print,
+    beside_threads: bool = False,
+) -> Sequence[Callable[..., Any]]:
+    """Return captured steps of which either all are replayed or none; the functions themselves on a CPU.
 
     When one cannot be captured, the others return to eager calls: a graph draws its random numbers from
-    another part of the generator's stream than eager calls do.
-
-    Args:
-        functions: one for each step.
-        on_failure: as for CapturedStep; called once.
-        options: further arguments of CapturedStep, the same for all.
+    another part of the generator's stream than eager calls do. `on_failure` is called once.
     """
+    if device.type != DEVICE_TYPE:
+        return functions
 
     def failed(reason: str) -> None:
         for step in steps:
             step.give_up()
         on_failure(reason)
 
-    steps = [CapturedStep(function, on_failure=failed, **options) for function in functions]
+    steps = [CapturedStep(function, device, failed, beside_threads) for function in functions]
     return steps

@@ -1,21 +1,24 @@
-"""Devices, threads, memory and random numbers."""
+"""Devices, threads, memory, replicas and random numbers."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.console import UserError, first_line
+from training.console import UserError
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+# With fewer multiplications, a second thread gains little on a quiet machine and costs much on a busy one.
+MULTIPLICATIONS_WORTH_A_THREAD = 5e8
+# Parameters of glibc's mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 # ---- devices
 
@@ -62,10 +65,6 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
     return torch.device("cuda", 0)
 
 
-# With fewer multiplications, a second thread gains little on a quiet machine and costs much on a busy one.
-MULTIPLICATIONS_WORTH_A_THREAD = 5e8
-
-
 def choose_threads(requested: int, multiplications: float, device: torch.device, share: int = 1) -> int:
     """Set the number of CPU threads that torch uses, print it and return it.
 
@@ -92,21 +91,9 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:  # cgroup version 2: "QUOTA PERIOD" in microseconds, or "max PERIOD"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):
-        try:  # cgroup version 1: a quota of -1 is no limit
-            folder = Path("/sys/fs/cgroup/cpu")
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        except OSError:
-            return cores
-    if quota.strip() in ("max", "-1"):
         return cores
-    return max(1, min(cores, math.floor(int(quota) / int(period))))
-
-
-# ---- memory
-
-# Parameters of glibc's mallopt, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
@@ -119,48 +106,6 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(parameter, value) for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Omits torch.nn.init, whose functions take seconds to import what they need on the meta device."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-def check_model_fits(build: Callable[[], nn.Module], device: torch.device) -> None:
-    """Check that a model can be trained in the device's memory, without allocating it.
-
-    Without this check, a system that overcommits memory would kill the process.
-
-    Args:
-        build: makes the model; called once, on the meta device.
-        device: where the model will be trained.
-
-    Raises:
-        UserError: weights, gradients and Adam's two moments exceed the memory.
-    """
-    try:
-        with torch.device("meta"), _Uninitialised():  # weights have shapes but no memory
-            needed = 4 * sum(weight.numel() * weight.element_size() for weight in build().parameters())
-    except (RuntimeError, OverflowError) as error:  # products of sizes beyond 64 bits
-        raise UserError(
-            f"a model of these sizes cannot be built ({first_line(error)}). Lower its sizes."
-        ) from None
-    if device.type == "cuda":
-        present = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if needed > present:
-        raise UserError(
-            f"a model of these sizes needs {needed / 1e9:,.1f} GB for weights, gradients and optimiser, but "
-            f"{'the GPU' if device.type == 'cuda' else 'this machine'} has only {present / 1e9:,.1f} GB. "
-            "Lower the sizes."
-        )
 
 
 # ---- several GPUs in one process

@@ -16,11 +16,9 @@ import datetime
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 from training import console, devices
@@ -34,11 +32,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 # torchrun sets these, among others.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PAUSE = 2.0  # seconds before a process reports that it has lost contact
-
-
-class LostContact(Exception):
-    """Another process has ended, or has not answered within the time limit."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +80,7 @@ class Processes:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes, bit for bit the same everywhere, and return it."""
         if not self.alone:
-            with _contact():
-                dist.all_reduce(tensor)
+            dist.all_reduce(tensor)
         return tensor
 
     def all_max(self, *numbers: int) -> list[int]:
@@ -96,8 +88,7 @@ class Processes:
         if self.alone:
             return list(numbers)
         tensor = torch.tensor(numbers)
-        with _contact():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
     def agree(self, interrupts: console.Interrupts, *requests: bool) -> list[bool]:
@@ -117,8 +108,7 @@ class Processes:
         if self.alone:
             return function()
         box = [function() if self.is_main else None]
-        with _contact():
-            dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -126,8 +116,7 @@ class Processes:
         if self.alone:
             return [value]
         values = [None] * self.world_size if self.is_main else None
-        with _contact():
-            dist.gather_object(value, values, dst=0, group=self.control)
+        dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
     @contextlib.contextmanager
@@ -148,7 +137,7 @@ class Processes:
         """Copy the main process's weights to all processes, whose hardware may round differently."""
         if self.alone:
             return
-        with torch.no_grad(), _contact():
+        with torch.no_grad():
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
@@ -182,26 +171,13 @@ class Processes:
         if batch_size % parts == 0:
             return
         below = batch_size // parts * parts
-        nearest = f"{below} or {below + parts}" if below else f"{parts}"
-        factors = [] if self.alone else [f"{self.world_size} processes"]
-        factors += [f"--accumulate {pieces}"] if pieces > 1 else []
         raise UserError(
-            f"{flag} {batch_size} is not a multiple of {parts} ({' x '.join(factors)}). Try {nearest}."
+            f"{flag} {batch_size} is not a multiple of {parts} (processes x --accumulate). Try "
+            f"{f'{below} or ' if below else ''}{below + parts}."
         )
 
 
 ALONE = Processes()
-
-
-@contextlib.contextmanager
-def _contact() -> Iterator[None]:
-    """Convert torch.distributed's error about a process that has ended or is silent into LostContact."""
-    try:
-        yield
-    except RuntimeError as error:
-        if console.is_out_of_memory(error):
-            raise
-        raise LostContact(console.first_line(error)) from None
 
 
 # ---- start and end
@@ -216,10 +192,10 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
     """Return this process's place according to torchrun's variables, before any contact with the others.
 
     Raises:
-        UserError: only some of the variables are set.
+        UserError: there are several processes, but only some of the variables are set.
     """
-    # Some clusters set MASTER_ADDR and MASTER_PORT for every job: only the other three indicate torchrun.
-    if not any(environment.get(name) for name in VARIABLES[:3]):
+    # Clusters and containers set some of the variables for a single process too.
+    if (environment.get("WORLD_SIZE") or "1") == "1" and (environment.get("RANK") or "0") == "0":
         return ALONE
     missing = [name for name in VARIABLES if not environment.get(name)]
     if missing:
@@ -239,61 +215,23 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:
 
     Raises:
         UserError: as `from_environment` and `devices.choose_device`; or the command lines differ.
-        LostContact: the other processes do not answer.
     """
     place = from_environment()
     device = devices.choose_device(args.cuda, args.strict_float32, None if place.alone else place.local_rank)
     if place.alone:
         return device, place
     limit = datetime.timedelta(seconds=args.collective_timeout)
-    on_gpu = device.type == "cuda"
-    with _contact():
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        # After a restart, torchrun's store still has the addresses of processes that have ended. Hosts may
-        # count restarts differently, so each rank counts its own starts.
-        attempt = store.add(f"starts of rank {rank}", 1)
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore(f"start {attempt}", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=limit,
-            device_id=device if on_gpu else None,
-        )
-        control = dist.new_group(backend="gloo", timeout=limit) if on_gpu else dist.group.WORLD
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=limit, device_id=device)
+        control = dist.new_group(backend="gloo", timeout=limit)
+    else:
+        dist.init_process_group("gloo", timeout=limit)
+        control = dist.group.WORLD
     processes = replace(place, control=control)
     asked = {name: value for name, value in vars(args).items() if name != "threads"}
     processes.check_same("the command line, or args.json of the run to resume,", asked)
     print(f"processes: {place.world_size}", flush=True)
     return device, processes
-
-
-def resume_after_restart(given: dict[str, Any], argv: Sequence[str] | None) -> Sequence[str] | None:
-    """Return the command line, with --resume added when torchrun has restarted a run that had begun.
-
-    Restarted processes get the command line that began the run, and find the run by its --name.
-
-    Args:
-        given: the flags that the command line contains, by name.
-        argv: the command line; None for the process's own.
-
-    Raises:
-        UserError: torchrun may restart the processes, but the command line has no --name.
-    """
-    allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if allowed == "0" or "resume" in given or "evaluate" in given:
-        return argv
-    if "name" not in given:
-        raise UserError(
-            f"torchrun --max-restarts={allowed} requires --name NAME after the script's name: restarted "
-            "processes find the run by its name."
-        )
-    folder = Path(given.get("runs_folder", "runs")) / given["name"]
-    if not (folder / "args.json").is_file():
-        return argv
-    if int(os.environ.get("RANK", "0")) == 0:
-        console.warn(f"{folder} exists already: the run in it is resumed")
-    return [*(sys.argv[1:] if argv is None else argv), "--resume", str(folder)]
 
 
 def run_script(main: Callable[[], int | None], lower: str = "the batch size") -> NoReturn:
@@ -302,46 +240,28 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
     Only the main process prints results, warnings and a progress bar. Any process that fails prints the
     reason; torchrun then stops the others and prints a report.
     """
-    try:
+    place = ALONE
+    with contextlib.suppress(UserError):  # `start` raises it, after --help and mistakes in the command line
         place = from_environment()
-    except UserError as error:
-        console.print_error(str(error))
-        sys.exit(console.EXIT_USER_ERROR)
     if place.alone:
         console.run_script(main, lower)
-    errors = sys.stderr
+    errors, status = sys.stderr, 1
     if not place.is_main:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def report(message: str) -> None:
         print(f"error: in process {place.rank} of {place.world_size}: {message}", file=errors, flush=True)
 
-    @record  # writes an exception to the file that torchrun's report shows
-    def main_and_exit() -> None:
-        try:
-            console.run_script(main, lower, report)
-        except LostContact as error:
-            # If another process on this host has failed, torchrun stops this one during the pause, and only
-            # the other's reason is printed.
-            time.sleep(PAUSE)
-            report(
-                f"lost contact with another process ({error}). It was stopped, or it did not answer within "
-                "--collective-timeout. The run folder keeps its last.pt."
-            )
-            sys.exit(1)
-        except Exception:
-            report(traceback.format_exc())
-            raise
-
-    status = 0
     try:
-        main_and_exit()
+        # record writes an exception to the file that torchrun's report shows.
+        record(console.run_script)(main, lower, report)
+        status = 0
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except SystemExit as end:
         status = end.code
     except Exception:
-        status = 1
-    if status == 0 and dist.is_initialized():
-        dist.destroy_process_group()
+        report(traceback.format_exc())
     sys.stdout.flush()
     # Skip the usual clean-up, in which a group that has lost a member may wait forever.
     os._exit(status)

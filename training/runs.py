@@ -15,8 +15,6 @@ import math
 import os
 import platform
 import re
-import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +34,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 VERSION = "2.0"  # of this project, noted in every run and checkpoint
+FILES = ("args.json", "log.jsonl", "best.pt", "last.pt")
 
 # ---- JSON files
 
@@ -70,7 +69,7 @@ def _only_finite(value: Any) -> Any:
 
 
 def create_run_folder(root: str | Path, name: str | None, script: str, record: dict[str, Any]) -> Path:
-    """Create a new run folder that contains args.json from the start, and return it.
+    """Create a new run folder with args.json in it, and return it.
 
     Args:
         root: the folder of all runs; created if missing.
@@ -88,49 +87,35 @@ def create_run_folder(root: str | Path, name: str | None, script: str, record: d
             f"digit or '_', got {name!r}."
         )
     base = name or f"{script}-{time.strftime('%Y-%m-%d-%H%M%S')}"
+    folder, attempt = root / base, 1
     try:
         root.mkdir(parents=True, exist_ok=True)
-        work = root / f".{base}-{secrets.token_hex(4)}.tmp"
-        work.mkdir()
-        try:
-            atomic_write(work / "args.json", lambda file: file.write(_encode_json(record, indent=2)))
-            for attempt in range(1, 1000):
-                folder = root / (base if attempt == 1 else f"{base}-{attempt}")
-                try:
-                    if not folder.exists():  # renaming would replace an empty folder
-                        work.rename(folder)
-                        return folder
-                except OSError:
-                    if not folder.exists():  # otherwise another run has just taken the name
-                        raise
+        while True:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
                 if name is not None:
-                    resumable = (folder / "args.json").is_file()
-                    advice = (
-                        f", or resume that run: {command(script, '--resume', folder)}" if resumable else "."
-                    )
-                    raise UserError(f"{folder} exists already. Choose another --name{advice}")
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+                    resume = command(script, "--resume", folder)
+                    raise UserError(
+                        f"{folder} exists already. Choose another --name, or resume that run: {resume}"
+                    ) from None
+                attempt += 1
+                folder = root / f"{base}-{attempt}"
+        atomic_write(folder / "args.json", lambda file: file.write(_encode_json(record, indent=2)))
     except OSError as error:
         raise UserError(
             f"cannot create a run folder in {root}: {error.strerror}. Choose another --runs-folder."
         ) from None
-    raise UserError(f"{root} has a thousand runs named {base}. Choose a --name.")
+    return folder
 
 
 def discard_run_folder(folder: Path) -> None:
     """Remove a run's files, and its folder if nothing else is in it."""
     with contextlib.suppress(OSError):
-        for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):
-            (folder / name).unlink(missing_ok=True)
-        remove_half_written(folder)
+        for path in (*(folder / name for name in FILES), *folder.glob(".*.tmp")):
+            path.unlink(missing_ok=True)
         folder.rmdir()
-
-
-def remove_half_written(folder: Path) -> None:
-    """Remove the temporary files of a killed process."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -192,7 +177,8 @@ def note_resume(
     folder: Path, args: argparse.Namespace | None, argv: Sequence[str] | None, **facts: Any
 ) -> None:
     """Set the arguments in args.json to these, if any, and add an entry about this resumption."""
-    remove_half_written(folder)
+    for leftover in folder.glob(".*.tmp"):  # of a killed process
+        leftover.unlink(missing_ok=True)
     record = read_json(folder / "args.json")
     if args is not None:
         record["arguments"] = {**vars(args), "resume": None}
@@ -213,21 +199,13 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
     Raises:
         UserError: the folder is not a run of this script, or its args.json cannot be read.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not the folder of an earlier run: it is "
-            f"{'a file' if folder.exists() else 'missing'}. Name a run folder."
-        )
     path = folder / "args.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: there is no {path}. Name the folder of a run.")
     try:
         record = read_json(path)
         saved, started_by = dict(record["arguments"]), str(record["script"])
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is not a run folder: it has no args.json. Name a folder that an earlier run "
-            "has created."
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}). Start a new run.") from None
     if started_by != script:
         raise UserError(f"{folder} is a run of {started_by}.py, this is {script}.py. Use {started_by}.py.")

@@ -8,12 +8,13 @@ GPUs and processes, the log, checkpoints, resuming, signals, and the main progra
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 class Position:
     """The progress of a run, without weights and random generators."""
 
-    best_score: float  # of best.pt, in the task's units
+    best_score: float = -math.inf  # of best.pt, in the task's units
     best_step: int = 0  # 0: no best.pt yet
     step: int = 0  # optimiser steps since the start of the run
     interval_steps: int = 0  # steps since the last report
@@ -41,7 +42,7 @@ class Position:
 
 @dataclass
 class NoPosition:
-    """The position of a task whose only position is the step."""
+    """The position of a task that keeps none of its own."""
 
 
 class Interrupted(Exception):
@@ -49,25 +50,29 @@ class Interrupted(Exception):
 
 
 class Task:
-    """A model and what it is trained on. Subclasses define the attributes and the methods.
+    """A model and what it is trained on: all that the engine takes from a task.
 
     Attributes:
-        model: the model in training, on its device.
-        examples: this process's examples (rows) of a batch.
+        model: the model in training, on its device; `config` has its constructor's arguments as plain data.
+        kind: what checkpoints call the model.
         total_steps: steps of the whole run.
         full_count: targets of a full batch; only full batches are captured as CUDA graphs.
         can_be_captured: whether a step never waits for the GPU.
         sums: names of the sums that `losses` returns, plural nouns.
-        state: the recurrent state carried from step to step, (examples, ...), or None.
+        state: the recurrent state of this process's examples, carried from step to step and changed in place,
+            (examples, ...), or None.
         average: a `WeightAverage`, or None.
-        position: a dataclass with the task's part of the position.
-        kind: what checkpoints call the model.
+        position: a dataclass with the task's part of the position; its defaults are the smallest values.
         score_name: the name of the score in best.pt.
         higher_is_better: whether a higher score is better.
+        length_flags: the flags that make a run longer, for a message.
+
+    Subclasses must define the attributes without a value here, and `next_batch`, `losses` and `report`. The
+    other methods have defaults for a run of `total_steps` steps.
     """
 
     model: nn.Module
-    examples: int
+    kind: str
     total_steps: int
     full_count: int
     can_be_captured = True
@@ -75,39 +80,9 @@ class Task:
     state: Tensor | None = None
     average: Any = None
     position: Any = NoPosition()
-    kind: str
     score_name: str
     higher_is_better = False
-
-    def facts(self) -> dict[str, Any]:
-        """Return further entries of args.json."""
-        return {}
-
-    def describe(self, model: nn.Module) -> dict[str, Any]:
-        """Return what rebuilds a model, for checkpoints: `kind`, `config`, `model`."""
-        return {"kind": self.kind, "config": model.config, "model": model.state_dict()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the task's further state for last.pt, as plain data."""
-        return {}
-
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Raise UserError if the run with this `state_dict` cannot be resumed here."""
-
-    def load_state_dict(self, saved: Mapping[str, Any], step: int) -> None:
-        """Restore what `state_dict` returned, after `step` steps and after the position was restored."""
-
-    def finished(self, step: int) -> bool:
-        """Return whether the run is complete after so many steps."""
-        return step >= self.total_steps
-
-    def span(self, step: int) -> tuple[str, int, int]:
-        """Return label, number of steps and steps already taken of the next progress bar."""
-        return "steps", self.total_steps, step
-
-    def span_is_over(self, step: int) -> bool:
-        """Return whether the progress bar's steps are done; a report and `end_span` follow."""
-        return self.finished(step)
+    length_flags = "--steps"
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
         """Return this process's inputs (examples, ...) and the whole batch's number of targets."""
@@ -123,24 +98,17 @@ class Task:
         """Return the fields of the "train" event, a short text for the bar and a longer line.
 
         Args:
+            trainer: `position.interval_count` has the number of targets since the last report.
             totals: the sums since the last report, over all processes.
             elapsed: seconds of training since the last report of this session.
         """
         raise NotImplementedError
 
     def after_report(self, trainer: Trainer) -> None:
-        """Act on a report that was just logged."""
-
-    def end_span(self, trainer: Trainer) -> None:
-        """Act on the end of a progress bar, such as an epoch."""
-
-    def log_fields(self) -> dict[str, Any]:
-        """Return what every event records of the task's position."""
-        return {}
+        """Act on a report that was just logged; `trainer.offer_best` keeps the best model."""
 
     def finish(self, trainer: Trainer, event: str) -> None:
         """Measure the best model, print and log the result as `event`."""
-        raise NotImplementedError
 
     def stopped(self, trainer: Trainer) -> None:
         """Print, and perhaps measure, what a stopped run has reached."""
@@ -148,6 +116,49 @@ class Task:
     def lower_advice(self) -> str:
         """Return what to lower when training diverges; completes "Start a new run with ..."."""
         return "a lower --lr"
+
+    # ---- the order of a run: spans of steps, each with its own progress bar
+
+    def finished(self, step: int) -> bool:
+        """Return whether the run is complete after so many steps."""
+        return step >= self.total_steps
+
+    def span(self, step: int) -> tuple[str, int, int]:
+        """Return label, number of steps and steps already taken of the next progress bar."""
+        return "steps", self.total_steps, step
+
+    def span_is_over(self, step: int) -> bool:
+        """Return whether the progress bar's steps are done; a report and `end_span` follow."""
+        return self.finished(step)
+
+    def end_span(self, trainer: Trainer) -> None:
+        """Act on the end of a progress bar, such as an epoch."""
+
+    # ---- what is recorded
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """Return what `checkpoints.rebuild_model` requires."""
+        return {"kind": self.kind, "config": model.config, "model": model.state_dict()}
+
+    def facts(self) -> dict[str, Any]:
+        """Return further entries of args.json."""
+        return {}
+
+    def log_fields(self) -> dict[str, Any]:
+        """Return what every event records of the task's position."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the task's further state for last.pt, as plain data."""
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any], step: int) -> None:
+        """Restore what `state_dict` returned, after `step` steps; the position is restored already.
+
+        Raises:
+            UserError: the run cannot be resumed here.
+            ValueError: the position is one that no run has had.
+        """
 
 
 class Trainer:
@@ -175,8 +186,8 @@ class Trainer:
         self.model = task.model
         processes.check_batch("--batch-size", args.batch_size, args.accumulate)
         processes.share_weights(self.model)
-        rows = task.examples // args.accumulate
-        alone = processes.alone
+        self.share, alone = processes.share(args.batch_size), processes.alone
+        rows = (self.share.stop - self.share.start) // args.accumulate
         self.replicas = devices.wrap_data_parallel(self.model, device, rows) if alone else self.model
         self.gradients = None if alone and args.accumulate == 1 else FlatGradients(self.model.parameters())
         self.optimizer = optimizer(lr=args.lr, fused=True, capturable=device.type == "cuda")
@@ -185,12 +196,11 @@ class Trainer:
         # makes the host wait for the GPU.
         self.sums = torch.zeros(len(task.sums) + 1, dtype=torch.float64, device=device)
         # The parts of a step. Processes exchange gradients between the two, outside the CUDA graphs.
-        self.parts = [self.whole_step] if alone else [self.add_gradients, self.update]
+        self.parts = self.captured_parts = [self.add_gradients, self.update]
         # Replicas run in threads, which cannot be captured.
-        capture = task.can_be_captured and not args.no_cuda_graph and self.replicas is self.model
-        self.captured_parts = capture_together(
-            self.parts, self.not_captured, device=device, enabled=capture, beside_threads=not alone
-        )
+        if task.can_be_captured and not args.no_cuda_graph and self.replicas is self.model:
+            whole = [self.whole_step] if alone else self.parts
+            self.captured_parts = capture_together(whole, device, self.not_captured, beside_threads=not alone)
         self.worst_score = -math.inf if task.higher_is_better else math.inf
         self.position = Position(self.worst_score)
         self.interrupts = console.Interrupts()
@@ -213,9 +223,10 @@ class Trainer:
         self.lr.set(self.position.step + 1)
         first, *last = self.captured_parts if self.count == self.task.full_count else self.parts
         first(*inputs)
-        for update in last:
+        if not self.processes.alone:
             self.processes.all_reduce(self.gradients.flat)
-            update()
+        for part in last:
+            part()
         if self.task.average is not None:
             self.task.average.update(self.model)
         self.position.step += 1
@@ -272,38 +283,35 @@ class Trainer:
             devices.keep_freed_memory()
         saving = console.Alarm(self.args.save_every)
         ending = console.Alarm(self.args.stop_after)
-        self.clock = time.perf_counter()
+        task, self.clock = self.task, time.perf_counter()
         self.start_interval()
         with self.interrupts:
             try:
-                while not self.task.finished(self.position.step):
-                    self.train_span(saving, ending)
-                    self.task.end_span(self)
+                while not task.finished(self.position.step):
+                    self.model.train()
+                    with console.Progress(*task.span(self.position.step)) as progress:
+                        while not task.span_is_over(self.position.step):
+                            self.step()
+                            self.after_step(progress, saving, ending)
+                    task.end_span(self)
                     self.save_last()
                     self.start_interval()
             except Interrupted:
                 self.save_last()
-                return self.task.finished(self.position.step)
+                return task.finished(self.position.step)
         return True
 
-    def train_span(self, saving: console.Alarm, ending: console.Alarm) -> None:
-        """Take the steps of one progress bar."""
-        self.model.train()
-        label, steps, done = self.task.span(self.position.step)
-        with console.Progress(steps, label, done) as progress:
-            over = self.task.span_is_over(self.position.step)
-            while not over:
-                self.step()
-                progress.advance()
-                over = self.task.span_is_over(self.position.step)
-                if over or self.position.step % self.args.log_interval == 0:
-                    self.report(progress)
-                    over = self.task.span_is_over(self.position.step)
-                stop, save, late = self.processes.agree(self.interrupts, saving.due(), ending.due())
-                if save:
-                    self.save_last()
-                if stop or late:
-                    raise Interrupted
+    def after_step(self, progress: console.Progress, saving: console.Alarm, ending: console.Alarm) -> None:
+        """Report, save and stop when it is time to."""
+        progress.advance()
+        step = self.position.step
+        if step % self.args.log_interval == 0 or self.task.span_is_over(step):
+            self.report(progress)
+        stop, save, late = self.processes.agree(self.interrupts, saving.due(), ending.due())
+        if save:
+            self.save_last()
+        if stop or late:
+            raise Interrupted
 
     def report(self, progress: console.Progress) -> None:
         """Read the sums and the clock; log a "train" event and print a line."""
@@ -413,26 +421,17 @@ class Trainer:
         return saved
 
     def load_best(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Return the contents of best.pt, which must be a checkpoint of this run's model.
+        """Return the contents of best.pt.
 
         Raises:
-            UserError: best.pt is missing, cannot be read, or holds another model.
+            UserError: best.pt is missing or cannot be read.
         """
         path = self.folder / "best.pt"
         if not path.is_file():
             raise UserError(
-                f"{path} is missing: it was deleted or could not be written. Train longer to get another "
-                "one, or start a new run."
+                f"{path} is missing: it was deleted or could not be written. Train on, or start a new run."
             )
-        best, own = checkpoints.load_checkpoint(path, device), self.task.describe(self.model)
-        # Only the names in best.pt: an older version had fewer arguments.
-        differs = any(own["config"].get(name) != value for name, value in best.get("config", {}).items())
-        if best.get("kind") != own["kind"] or differs:
-            raise UserError(
-                f"{path} does not hold this run's model. Put the run's own file back, or remove this "
-                "one to resume without it."
-            )
-        return best
+        return checkpoints.load_checkpoint(path, device)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Restore everything from a last.pt.
@@ -441,24 +440,22 @@ class Trainer:
             UserError: the checkpoint does not fit the run.
         """
         try:
-            self.task.check(checkpoint["task"])
+            for part in (self.position, self.task.position):
+                restore_position(part, checkpoint["position"])
+            step = self.position.step
+            self.task.load_state_dict(checkpoint["task"], step)
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             checkpoints.check_optimizer(self.optimizer)
-            for part in (self.position, self.task.position):
-                for name in vars(part):
-                    setattr(part, name, checkpoint["position"][name])
-            self.lr.load_state_dict(checkpoint["schedule"], self.position.step)
+            self.lr.load_state_dict(checkpoint["schedule"], step)
             if self.task.average is not None:
                 self.task.average.load_state_dict(checkpoint["average"])
             # The main process continues with the sums of all; the norms are the same for all.
             self.sums.copy_(checkpoint["sums"])
             self.sums[:-1] *= self.processes.is_main
             if self.task.state is not None:
-                self.task.state.copy_(checkpoint["state"][self.processes.share(self.args.batch_size)])
-            self.processes.restore_random_states(checkpoint["random"], self.args.seed, self.position.step)
-            self.task.load_state_dict(checkpoint["task"], self.position.step)
-            pieces = checkpoint["args"].get("accumulate", 1)
+                self.task.state.copy_(checkpoint["state"][self.share])
+            self.processes.restore_random_states(checkpoint["random"], self.args.seed, step)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if console.is_out_of_memory(error):
                 raise
@@ -466,26 +463,24 @@ class Trainer:
                 f"last.pt does not fit this run ({type(error).__name__}: {console.first_line(error)}). It or "
                 "args.json may have been altered, or written by another version. Start a new run."
             ) from None
-        if pieces != self.args.accumulate and any(
-            value for name, value in self.model.config.items() if name.startswith("dropout")
-        ):
-            warn(
-                f"--accumulate was {pieces} and is now {self.args.accumulate}: dropout continues with other "
-                "random numbers"
-            )
 
     def restore_best(self) -> None:
-        """Set the score to beat to that of best.pt, which a killed run may have written after last.pt.
+        """Set the score to beat to that of best.pt, which a killed run may have written after last.pt."""
+        best = self.folder / "best.pt"
+        scores = self.processes.broadcast(lambda: self.load_best()["scores"] if best.is_file() else None)
+        if scores is None:
+            self.position.best_score, self.position.best_step = self.worst_score, 0
+        else:
+            self.position.best_score, self.position.best_step = scores[self.task.score_name], scores["step"]
 
-        Raises:
-            UserError: best.pt cannot be read, or is not this run's.
-        """
-        self.position.best_score, self.position.best_step = self.worst_score, 0
-        path = self.folder / "best.pt"
-        if not self.processes.broadcast(path.exists):
-            return
-        scores = self.processes.broadcast(lambda: self.load_best()["scores"])
-        self.position.best_score, self.position.best_step = scores[self.task.score_name], scores["step"]
+
+def restore_position(position: Any, saved: Mapping[str, Any]) -> None:
+    """Set the fields of a dataclass. Raise ValueError for a value of another type, or below the default."""
+    for field in dataclasses.fields(position):
+        value = saved[field.name]
+        if type(value) is not type(field.default) or not value >= field.default:
+            raise ValueError(f"the position's {field.name} is {value!r}")
+        setattr(position, field.name, value)
 
 
 # ---- the main program
@@ -499,8 +494,8 @@ class Script:
         name: without '.py'.
         parser: its command line.
         build: makes the trainer from arguments, device and processes.
-        evaluate: what --evaluate does, from the script, arguments and the flags that the command line
-            contains; returns the exit status.
+        evaluate: what --evaluate does, if there is this flag, from the script, arguments and the flags that
+            the command line contains; returns the exit status.
         recipes: what --recipe may name.
         resume_may_change: flags that may change when a run is resumed, besides those of every script.
     """
@@ -508,8 +503,8 @@ class Script:
     name: str
     parser: flags.Parser
     build: Callable[[argparse.Namespace, torch.device, Processes], Trainer]
-    evaluate: Callable[[Script, argparse.Namespace, dict[str, Any]], int]
-    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    evaluate: Callable[[Script, argparse.Namespace, dict[str, Any]], int] | None = None
+    recipes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     resume_may_change: frozenset[str] = frozenset()
 
 
@@ -548,10 +543,9 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped the run.
     """
-    argv = distributed.resume_after_restart(script.parser.given(argv), argv)
     given = script.parser.given(argv)
     args = flags.parse(script.parser, script.name, given, script.recipes, script.resume_may_change)
-    if args.evaluate is not None:
+    if given.get("evaluate") is not None:
         return script.evaluate(script, args, given)
     device, processes = distributed.start(args)
     torch.manual_seed(args.seed)
@@ -595,10 +589,10 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
 def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
     """Restore a run from its last.pt and record it in args.json and log.jsonl."""
     args, processes, folder = trainer.args, trainer.processes, trainer.folder
-    where = trainer.device if processes.alone else "cpu"
-    checkpoint = processes.broadcast(lambda: checkpoints.load_last(folder, where))
-    if checkpoint is not None:  # else the run was killed before its first save: start again, same seed
-        trainer.restore(checkpoint)
+    where, last = trainer.device if processes.alone else "cpu", folder / "last.pt"
+    if not processes.broadcast(last.is_file):
+        raise UserError(f"there is no {last}: the run ended before its first save. Start a new run.")
+    trainer.restore(processes.broadcast(lambda: checkpoints.load_checkpoint(last, where)))
     trainer.restore_best()
     step = trainer.position.step
     if processes.is_main:
@@ -607,5 +601,4 @@ def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
         runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
     print(f"run folder: {folder}, resumed at step {step:,}", flush=True)
     if trainer.task.finished(step):
-        raised = "--epochs" if hasattr(args, "epochs") else "--steps, or --target-accuracy if reached"
-        print(f"nothing to train: the run is finished. To train longer, raise {raised}.")
+        print(f"nothing to train: the run is finished. To train longer, raise {trainer.task.length_flags}.")
