@@ -120,23 +120,6 @@ def test_two_windows_equal_one_long_window(name):
     torch.testing.assert_close(gradients(model, first + second), gradients(model, whole), **EXACT)
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("model", ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"])
-def test_fused_layer_equals_loop_of_cells(model, layers):
-    models = [build("lstm", model=model, num_layers=layers, fused=fused) for fused in (True, False)]
-    models[1].load_state_dict(models[0].state_dict())
-    tokens, targets = window()
-    given = random_state(models[0])
-    weigh = torch.randn_like(given)
-    found = []
-    for each in models:
-        state = given.clone().requires_grad_()
-        nats, after = each(tokens, targets, state)
-        by_weights = gradients(each, nats.sum() + (after * weigh).sum())
-        found.append((each.hidden(tokens, state)[0], nats, after, by_weights, state.grad))
-    torch.testing.assert_close(*found, **EXACT)
-
-
 def test_perplexity():
     assert perplexity(math.log(105.5)) == pytest.approx(105.5)
     assert perplexity(1e6) == perplexity(math.nan) == math.inf
@@ -194,26 +177,16 @@ def test_default_models_have_the_published_sizes():
     assert sum(p.numel() for p in RNNLM(words).parameters()) == 2 * words * 300 + words + lstm
 
 
+BOTH = {"vocab_size": [0, 2.0], "embedding_size": [0, True], "dropout_input": [-0.1, 1]}
+BOTH |= {"dropout_output": [math.nan, "0.5"]}
 BAD = {
-    (RelationalMemoryLM, RNNLM): [
-        ("vocab_size", [0, 2.0]),
-        ("embedding_size", [0, True]),
-        ("dropout_input", [-0.1, 1]),
-        ("dropout_output", [math.nan, "0.5"]),
-    ],
-    (RelationalMemoryLM,): [
-        ("dropout_candidate", [1]),
-    ],
-    (RNNLM,): [
-        ("model", ["QRNN"]),
-        ("hidden_size", [0]),
-        ("num_layers", [0]),
-        ("dropout_hidden", [1.0]),
-        ("tied", [True]),  # the embedding has another size
-        ("dropout_candidate", [0.5]),  # the layer is fused
-    ],
+    RelationalMemoryLM: BOTH | {"dropout_candidate": [1]},
+    # Tied sizes differ, and recurrent dropout is not for fused layers.
+    RNNLM: BOTH
+    | {"model": ["QRNN"], "hidden_size": [0], "num_layers": [0], "dropout_hidden": [1.0]}
+    | {"tied": [True], "dropout_candidate": [0.5]},
 }
-CASES = [(k, name, v) for kinds, rows in BAD.items() for k in kinds for name, values in rows for v in values]
+CASES = [(kind, name, v) for kind, rows in BAD.items() for name, values in rows.items() for v in values]
 
 
 @pytest.mark.parametrize("kind, argument, value", CASES)

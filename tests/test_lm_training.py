@@ -4,7 +4,7 @@ import copy
 import math
 import random
 
-from training import checkpoints, console, runs
+from training import checkpoints, console, devices, runs
 from training.console import UserError
 from training.distributed import ALONE
 from training.schedule import PATIENCE, LearningRate
@@ -109,6 +109,8 @@ def test_evaluation_with_one_column_reads_the_text_word_by_word(tmp_path, kind):
         found = language_modelling.evaluate(model, text, 1, bptt, "cpu")
         assert found == pytest.approx(nats / 59, abs=1e-10)
     assert model.training
+    language_modelling.evaluate(model.eval(), text, 1, 7, "cpu")
+    assert not model.training
 
 
 # ---- training steps against an obvious loop
@@ -118,7 +120,8 @@ def plain_training(model, text, args):
     """Train with a plain loop.
 
     Returns:
-        Learning rate, mean loss and gradient norm of every step, and the moving average of the parameters.
+        Learning rate, mean loss and gradient norm of every step, the mean loss of every epoch, and the moving
+        average of the parameters.
     """
     pairs, batch = len(text) - 1, args.batch_size
     base, extra = divmod(pairs, batch)
@@ -127,12 +130,13 @@ def plain_training(model, text, args):
     stops = [*range(args.bptt, max(lengths), args.bptt), max(lengths)]
     total = len(stops) * args.epochs
     parameters = list(model.parameters())
-    first = [torch.zeros_like(p) for p in parameters]
-    second = [torch.zeros_like(p) for p in parameters]
+    decays = [{"params": p, "weight_decay": args.weight_decay if p.dim() > 1 else 0} for p in parameters]
+    adam = torch.optim.AdamW(decays, foreach=False)
     average = [p.detach().clone() for p in parameters]
-    rows, step = [], 0
+    rows, epochs, step = [], [], 0
     for _ in range(args.epochs):
         state, start = model.initial_state(batch), 0
+        epochs.append(0.0)
         for stop in stops:
             step += 1
             tokens = torch.zeros(batch, stop - start, dtype=torch.long)
@@ -153,19 +157,17 @@ def plain_training(model, text, args):
                 lr *= 0.5 * (1 + math.cos(math.pi * (step - peak) / (total - peak + 1)))
                 assert lr > 0
             rows.append((lr, loss.item(), norm))
+            epochs[-1] += nats.item() / pairs
             shrink = min(1, args.clip / (norm + 1e-6)) if args.clip else 1
-            for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                first[i] = 0.9 * first[i] + 0.1 * gradient * shrink
-                second[i] = 0.999 * second[i] + 0.001 * (gradient * shrink) ** 2
-                with torch.no_grad():
-                    if parameter.dim() >= 2:
-                        parameter *= 1 - lr * args.weight_decay
-                    root = (second[i] / (1 - 0.999**step)).sqrt() + 1e-8
-                    parameter -= lr * first[i] / (1 - 0.9**step) / root
-                    share = max(1 - args.average_decay, 1 / step)
-                    average[i] = (1 - share) * average[i] + share * parameter
+            for group, parameter, gradient in zip(adam.param_groups, parameters, gradients, strict=True):
+                group["lr"], parameter.grad = lr, gradient * shrink
+            adam.step()
+            share = max(1 - args.average_decay, 1 / step)
+            average = [
+                (1 - share) * old + share * new.detach() for old, new in zip(average, parameters, strict=True)
+            ]
             start = stop
-    return rows, average
+    return rows, epochs, average
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_two_epochs_equal_a_plain_loop(tmp_path, kind, flags):
     flags = ["--lr", "0.01", "--epochs", "2", "--log-interval", "1", *flags.split()]
     trainer = make_trainer(tmp_path, kind, *flags, dtype=torch.float64)
     args, model = trainer.args, copy.deepcopy(trainer.model)
-    rows, average = plain_training(model, ids(505, 1).long(), args)
+    rows, epochs, average = plain_training(model, ids(505, 1).long(), args)
     assert args.clip == 0 or max(norm for _, _, norm in rows) > args.clip  # some steps are clipped
     assert trainer.train(tmp_path)
     logged = [(event["lr"], event["loss"], event["grad_norm"]) for event in events(tmp_path, "train")]
@@ -190,6 +192,7 @@ def test_two_epochs_equal_a_plain_loop(tmp_path, kind, flags):
     torch.testing.assert_close(
         torch.tensor(logged, **exact), torch.tensor(rows, **exact), rtol=1e-9, atol=1e-15
     )
+    assert [event["train_loss"] for event in events(tmp_path, "valid")] == pytest.approx(epochs, rel=1e-9)
     for (name, expected), found in zip(model.named_parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, msg=name)
     if args.average == "ema":
@@ -403,3 +406,10 @@ def test_few_steps_in_an_epoch_trigger_a_warning(tmp_path, capsys):
     assert not capsys.readouterr().err
     make_trainer(tmp_path, "rnn", "--batch-size", "6")
     assert "only 8 steps of 6 x 11 tokens. Lower --batch-size or --bptt" in capsys.readouterr().err
+
+
+def test_processes_on_one_host_share_its_cores(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(devices, "available_cores", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert language_modelling.choose_threads(0, nn.Linear(1000, 1000), 10**6, torch.device("cpu")) == 2

@@ -2,34 +2,16 @@
 
 import pytest
 import torch
-from test_language_models import EXACT, RMC, RNN, gradients
+from test_language_models import EXACT, MODELS, NAMES, B, T, V, build, gradients
 from torch import nn
 
 import relational_rnn_models
 import rnn_models
 from layers import regularisation
-from relational_rnn_models import RelationalMemoryLM
-from rnn_models import RNNLM
 
-B, T, V, E = 3, 5, 29, 6
-MODELS = {
-    "rmc": (RelationalMemoryLM, RMC),
-    "rmc-2-blocks": (RelationalMemoryLM, RMC | {"num_blocks": 2, "gate_style": "memory", "mem_slots": 1}),
-    "rmc-no-gates": (RelationalMemoryLM, RMC | {"gate_style": None, "cutoffs": [5]}),
-    "lstm": (RNNLM, RNN),
-    "lstm-project": (RNNLM, RNN | {"tied": True, "project": True}),
-    "gru": (RNNLM, RNN | {"model": "GRU"}),
-    "relu": (RNNLM, RNN | {"model": "RNN_RELU", "num_layers": 1}),
-}
-NAMES = pytest.mark.parametrize("name", MODELS)
+E = 6  # of the models
 ALL = {"locked_dropout": True, "dropout_words": 0.3, "dropout_weights": 0.5, "dropout_input": 0.4}
 ALL |= {"dropout_output": 0.2}
-
-
-def build(name, **changes):
-    torch.manual_seed(1)
-    kind, config = MODELS[name]
-    return kind(V, **config | {"dropout_input": 0.0, "dropout_output": 0.0} | changes).double()
 
 
 def window(model):
@@ -38,17 +20,9 @@ def window(model):
     return tokens, targets, 0.5 * torch.randn_like(model.initial_state(B))
 
 
-def assert_same_training(one, other):
-    """The same random numbers give the same results and gradients."""
-    other.load_state_dict(one.state_dict())
-    tokens, targets, given = window(one)
-    found = []
-    for model in (one, other):
-        torch.manual_seed(5)
-        state = given.clone().requires_grad_()
-        nats, after = model(tokens, targets, state)
-        found.append((nats, after, gradients(model, nats.sum() + after.square().sum()), state.grad))
-    torch.testing.assert_close(*found, **EXACT)
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(1)
 
 
 @pytest.fixture
@@ -106,7 +80,7 @@ def test_word_dropout_equals_a_masked_matrix(masks):
 
 @NAMES
 def test_evaluation_is_unchanged(name):
-    more = {"dropout_candidate": 0.4} if name in ("rmc", "rmc-2-blocks") else {}
+    more = {"dropout_candidate": 0.4} if name in ("rmc", "rmc-adaptive") else {}
     plain, regular = build(name), build(name, **ALL, **more)
     regular.load_state_dict(plain.state_dict())
     given = window(plain)
@@ -122,7 +96,7 @@ def test_locked_dropout_has_one_mask_per_window(name, masks):
     hidden, _ = model.hidden(tokens, state)
     assert [mask.shape for mask in masks] == [(1, B, E), (1, B, hidden.size(2))]
     kept = (masks[1] != 0).expand_as(hidden)
-    assert not hidden[~kept].any() and (name == "relu" or hidden[kept].all())  # a ReLU may give 0
+    assert not hidden[~kept].any() and ("relu" in name or hidden[kept].all())  # a ReLU may give 0
     model.hidden(tokens, state)
     assert not torch.equal(masks[0], masks[2]) and not torch.equal(masks[1], masks[3])
 
@@ -159,8 +133,8 @@ def test_weight_drop_acts_on_the_matrices_that_multiply_the_state():
     names = {name: set(build(name).recurrent_weights()) for name in MODELS}
     qkv = "blocks.0.qkv_projection.weight"
     gates = "memory_gate_projection.weight"
-    assert names["rmc-2-blocks"] == {qkv, "blocks.1.qkv_projection.weight", gates}
-    assert names["rmc-no-gates"] == {qkv}
+    assert names["rmc-adaptive"] == {qkv, "blocks.1.qkv_projection.weight", gates}
+    assert names["rmc-untied"] == {qkv}
     assert names["lstm"] == {"weight_hh_l0", "weight_hh_l1"}
 
 
@@ -183,7 +157,7 @@ def test_candidate_dropout_lets_dropped_features_only_fade(name, changes, masks)
 
 def test_lstm_cell_with_a_mask_scales_what_torchs_own_adds_to_the_cells():
     torch.manual_seed(1)
-    x, hidden, cells = (torch.randn(B, width).double() for width in (4, 3, 3))
+    x, hidden, cells = (torch.randn(3, width).double() for width in (4, 3, 3))
     ih, hh, bias_ih, bias_hh = weights = [torch.randn(s).double() for s in ((12, 4), (12, 3), (12,), (12,))]
     mask = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 0]]).double()
     found = rnn_models.lstm_cell(x, (hidden, cells), *weights, candidate_mask=mask)
@@ -193,14 +167,25 @@ def test_lstm_cell_with_a_mask_scales_what_torchs_own_adds_to_the_cells():
     torch.testing.assert_close(found, (out * torch.tanh(expected), expected), **EXACT)
 
 
-@pytest.mark.parametrize("hidden", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["lstm", "lstm-project", "gru", "relu"])
-def test_fused_layer_equals_loop_of_cells_with_everything_on(name, hidden, masks):
-    models = [build(name, **ALL, dropout_hidden=hidden, fused=fused) for fused in (True, False)]
-    assert_same_training(*models)
-    layers = models[0].rnn.num_layers
+@pytest.mark.parametrize("options", [{}, ALL, ALL | {"dropout_hidden": 0.5}], ids=["plain", "all", "hidden"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("model", rnn_models.LAYERS)
+def test_fused_layers_equal_a_loop_of_cells(model, layers, options, masks):
+    """The same random numbers give the same results and gradients."""
+    changes = {"model": model, "num_layers": layers, **options}
+    fused, loop = (build("lstm", **changes, fused=fused) for fused in (True, False))
+    loop.load_state_dict(fused.state_dict())
+    tokens, targets, given = window(fused)
+    weigh, found = torch.randn_like(given), []
+    for each in (fused, loop):
+        torch.manual_seed(5)
+        state = given.clone().requires_grad_()
+        nats, after = each(tokens, targets, state)
+        found.append((nats, after, gradients(each, nats.sum() + (after * weigh).sum()), state.grad))
+    torch.testing.assert_close(*found, **EXACT)
     # Per model: words, input, weight_hh of each layer, between the layers, output.
-    assert len(masks) == 2 * (3 + layers + (layers - 1) * (hidden > 0))
+    between = (layers - 1) * ("dropout_hidden" in options)
+    assert len(masks) == (2 * (3 + layers + between) if options else 0)
 
 
 # ---- the average
@@ -227,7 +212,7 @@ def test_average_equals_a_loop_over_the_weights():
 def test_averaged_copy_is_tied_in_eval_mode_and_flattened(monkeypatch):
     flattened = []
     monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda layer: flattened.append(layer))  # for cuDNN
-    model = build("lstm-project")
+    model = build("lstm-tied")
     flattened.clear()
     copy = regularisation.WeightAverage(model, 0.5).model
     assert flattened == [copy.rnn] and not copy.training

@@ -66,9 +66,6 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
     for event in train:
         assert event["ppl"] == pytest.approx(math.exp(event["loss"]))
         assert event["ms_per_batch"] > event["forward_ms_per_batch"] > 0 and event["tokens_per_second"] > 0
-    weights = [75 * 14, 75 * 14, 2379 - 150 * 14]  # targets in the reports of the first epoch
-    mean = sum(w * event["loss"] for w, event in zip(weights, train, strict=False)) / 2379
-    assert valid[0]["train_loss"] == pytest.approx(mean)
     assert [event["event"] for event in events[-2:]] == ["valid", "test"]
     best = checkpoints.load_checkpoint(folder / "best.pt")
     assert best["scores"]["valid_loss"] == min(event["loss"] for event in valid) == events[-1]["valid_loss"]
