@@ -141,16 +141,12 @@ def choose_cutoffs(vocab_size: int) -> list[int]:
             "softmax."
         )
     shares = (0.03, 0.15, 0.6) if vocab_size >= 5000 else (0.25,)
-    return [max(1, _two_digits(vocab_size * share)) for share in shares]
+    return [max(1, int(float(f"{vocab_size * share:.1e}"))) for share in shares]  # two digits
 
 
 def _widened(x: Tensor) -> Tensor:
     """Return x in float32 or wider, as sums of exponentials need."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _two_digits(number: float) -> int:
-    return int(float(f"{number:.1e}"))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -181,11 +177,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
             return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
         nats, _ = _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients=False)
         return nats
-
-
-def chunk_rows(device: torch.device) -> int:
-    """Return the number of rows of logits that are computed at once on a device."""
-    return CHUNK_ROWS.get(device.type, CHUNK_ROWS["cpu"])
 
 
 def plain_linear_cross_entropy(
@@ -220,7 +211,7 @@ def _chunked_cross_entropy(hidden, weight, bias, targets, with_gradients):
     counted = (targets >= 0).to(full).unsqueeze(1)
     labels = targets.clamp(min=0).unsqueeze(1)
     # One buffer for the scores of all chunks: allocating each would take as long as the softmax.
-    size = chunk_rows(hidden.device)
+    size = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cpu"])
     buffer = torch.empty(min(size, hidden.size(0)), weight.size(0), dtype=full, device=hidden.device)
     if with_gradients:
         grad_hidden = torch.empty_like(hidden)

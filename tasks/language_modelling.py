@@ -7,10 +7,9 @@ token (natural logarithm), averaged over tokens; perplexity is e to that power.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -326,11 +325,10 @@ def split_columns(
         raise UserError(f"{split}.txt and {flag} do not fit: {error}") from None
 
 
-@contextlib.contextmanager
-def text_may_have_moved(named_by_run: object) -> Iterator[None]:
-    """Add what to do to a UserError from the block, if the run named the text."""
+def load_text(folder: str, vocab_from: str, named_by_run: bool) -> Corpus:
+    """Load a corpus; add what to do to a UserError if a run has named its folder."""
     try:
-        yield
+        return load_corpus(folder, vocab_from)
     except UserError as error:
         if not named_by_run:
             raise
@@ -372,8 +370,8 @@ def script(
     """
 
     def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
-        with processes.one_per_host_first(), text_may_have_moved(args.resume):
-            corpus = load_corpus(args.data, args.vocab_from)
+        with processes.one_per_host_first():
+            corpus = load_text(args.data, args.vocab_from, named_by_run=args.resume is not None)
         words = len(corpus.vocabulary)
         print(
             f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
@@ -408,7 +406,7 @@ def optimizer_of(model: LanguageModel, args: argparse.Namespace) -> Callable[...
     return functools.partial(torch.optim.AdamW, [matrices, vectors])
 
 
-def load_text(
+def load_same_text(
     path: Path, saved: Mapping[str, Any], vocabulary: Vocabulary, data: str | None = None
 ) -> Corpus:
     """Load the corpus to score a checkpoint on.
@@ -423,8 +421,7 @@ def load_text(
         UserError: the corpus cannot be loaded or has another vocabulary.
     """
     vocab_from = saved.get("vocab_from", "all")
-    with text_may_have_moved(data is None):
-        corpus = load_corpus(str(saved.get("data")) if data is None else data, vocab_from)
+    corpus = load_text(str(saved.get("data")) if data is None else data, vocab_from, data is None)
     if corpus.vocabulary.words != vocabulary.words:
         advice = (
             "so only valid.txt and test.txt may differ from the run's text"
@@ -450,7 +447,7 @@ def score(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) ->
     model, vocabulary = load_model(checkpoint, device)
     saved = checkpoint.get("args", {})
     with processes.one_per_host_first():
-        corpus = load_text(path, saved, vocabulary, given.get("data"))
+        corpus = load_same_text(path, saved, vocabulary, given.get("data"))
     columns = given.get("eval_batch_size") or saved.get("eval_batch_size", args.eval_batch_size)
     choose_threads(args.threads, model, columns * args.bptt, device)
     print(f"{path} ({type(model).__name__}) on {corpus.folder}, columns: {columns}", flush=True)
