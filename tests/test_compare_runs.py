@@ -148,3 +148,17 @@ def test_the_command_is_the_one_that_ran_with_its_resumptions(tmp_path, capsys):
 def test_names_are_text_in_a_table(tmp_path, capsys):
     (row,) = table(capsys, make_run(tmp_path / "_a|b``c*", 1))
     assert row["run"] == "``` _a\\|b``c* ```"
+
+
+def test_every_training_script_has_a_table_of_its_own(tmp_path, capsys):
+    words, other = make_run(tmp_path / "words"), make_run(tmp_path / "other")
+    record = json.loads((other / "args.json").read_text()) | {"script": "train_learning_to_execute"}
+    (other / "args.json").write_text(json.dumps(record))
+    events = [
+        {"event": "train", "step": 300, "test_accuracy": 0.9},
+        {"event": "final", "step": 300, "accuracy": 0.75},
+    ]
+    (other / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    first, second = table(capsys, words, other)
+    assert first["test"] == "19.00" and "accuracy %" not in first
+    assert (second["accuracy %"], second["steps to 90 %"], second["steps"]) == ("75.0", "300", "300")

@@ -97,6 +97,8 @@ def test_nth_farthest_has_lines_to_compare_with(tmp_path):
     paper = [(12.5, "chance 12.5 %"), (25, "plateau 25 %"), (91, "RMC of the paper 91 %")]
     assert plot_runs.reference_lines([full]) == paper
     assert [name for _, name in plot_runs.reference_lines([small])] == ["chance 33.3 %", "plateau 66.7 %"]
+    small.record["script"] = "train_learning_to_execute"
+    assert plot_runs.reference_lines([small]) == []
 
 
 def test_the_command_writes_a_png_whatever_the_names_and_the_notebook(tmp_path):

@@ -2,8 +2,8 @@
 
 Runs that differ only in their seed share a row with the mean over seeds and, from two seeds on, the standard
 deviation (of a sample, n - 1). If a seed was run several times, the first tested run counts; the row names
-the others. Language models and Nth-farthest runs get separate tables. The last column is the command line
-that started the row's first run, followed by the command lines that resumed it.
+the others. Language models, and the runs of each other script, get a table of their own. The last column is
+the command line that started the row's first run, followed by the command lines that resumed it.
 
 Paths are run folders, folders with runs, study files (STUDY.jsonl, made by tools/pack_runs.py), or STUDY/NAME
 for one run of a study file.
@@ -44,9 +44,10 @@ def one_per_seed(members: Sequence[Run]) -> list[Run]:
 
 
 def score(run: Run) -> float | None:
-    """Return the test perplexity, or the accuracy in percent of an Nth-farthest run; None if not tested."""
-    found = run.find("final", "accuracy") if run.is_nth_farthest else run.find("test", "ppl")
-    return (100 * found[-1] if run.is_nth_farthest else found[-1]) if found else None
+    """Return the test perplexity of a language model, or the accuracy in percent; None if not tested."""
+    if run.kind == "language model":
+        return run.find("test", "ppl")[-1] if run.find("test", "ppl") else None
+    return 100 * run.find("final", "accuracy")[-1] if run.find("final", "accuracy") else None
 
 
 def valid(run: Run) -> float:
@@ -70,7 +71,7 @@ def steps_to(run: Run, level: float | None = None) -> str:
     """Return the first step with this test accuracy, '-' if there is none.
 
     Args:
-        level: None for leaving the plateau: six standard deviations of the test set above 2/K.
+        level: None for leaving the plateau of Nth farthest: six standard deviations above 2/K.
     """
     if level is None:
         plateau = 2 / run.arguments["num_vectors"]
@@ -138,11 +139,15 @@ LANGUAGE_COLUMNS: dict[str, Callable[[Sequence[Run]], str]] = {
     "test": lambda members: mean([score(run) for run in members]),
     "epochs": lambda members: each([epochs(run) for run in members]),
 }
-NTH_COLUMNS: dict[str, Callable[[Sequence[Run]], str]] = {
+ACCURACY_COLUMNS: dict[str, Callable[[Sequence[Run]], str]] = {
     "accuracy %": lambda members: mean([score(run) for run in members], 1),
-    "steps to leave the plateau": lambda members: " / ".join(steps_to(run) for run in members),
     "steps to 90 %": lambda members: " / ".join(steps_to(run, 0.9) for run in members),
     "steps": lambda members: each([f"{run.find('train', 'step')[-1]:,}" for run in members]),
+}
+COLUMNS = {
+    "language model": LANGUAGE_COLUMNS,
+    "nth_farthest": ACCURACY_COLUMNS
+    | {"steps to leave the plateau": lambda members: " / ".join(steps_to(run) for run in members)},
 }
 
 
@@ -179,10 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="a path as above")
     found = run_files.read_runs(parser.parse_args(argv).paths)
-    for nth_farthest, columns in ((False, LANGUAGE_COLUMNS), (True, NTH_COLUMNS)):
-        chosen = [run for run in found if run.is_nth_farthest == nth_farthest]
-        if chosen:
-            console.say(markdown(chosen, columns) + "\n")
+    for kind in dict.fromkeys(run.kind for run in found):
+        chosen = [run for run in found if run.kind == kind]
+        console.say(markdown(chosen, COLUMNS.get(kind, ACCURACY_COLUMNS)) + "\n")
 
 
 if __name__ == "__main__":

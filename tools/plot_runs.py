@@ -1,9 +1,9 @@
 """Draw the curves of finished runs and of runs in progress into a PNG.
 
-Language models: validation perplexity, of the averaged weights once they are better. Nth farthest: accuracy
-in the full task, with lines for chance (1/K), for the plateau (2/K: a model that only knows that the nearest
-vector is the reference itself) and, for the paper's task, for its RMC (91 %). Runs that differ only in their
-seed have the same colour.
+Language models: validation perplexity, of the averaged weights once they are better. Other tasks: test
+accuracy. Nth farthest has lines for chance (1/K), for the plateau (2/K: a model that only knows that the
+nearest vector is the reference itself) and, for the paper's task, for its RMC (91 %). Runs that differ only in
+their seed have the same colour.
 
 Paths are run folders, folders with runs, study files (STUDY.jsonl, made by tools/pack_runs.py), or STUDY/NAME
 for one run of a study file.
@@ -57,7 +57,7 @@ def points(run: Run, against: str, training: bool = False) -> tuple[list[float],
     """
     _, x, factor = AXES[against]
     event, fields, scale = "valid", ["train_ppl"] if training else ["ppl", "average_ppl"], 1
-    if run.is_nth_farthest:
+    if run.kind != "language model":
         event, fields, scale = "train", ["accuracy"] if training else ["test_accuracy"], 100  # percent
     found = []
     for entry in run.events:
@@ -70,11 +70,11 @@ def points(run: Run, against: str, training: bool = False) -> tuple[list[float],
 def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
     """Return accuracies of Nth farthest to compare with, in percent, and their names."""
     lines = {}
-    for K in sorted({int(run.arguments["num_vectors"]) for run in found}):
+    for K in sorted({run.arguments["num_vectors"] for run in found if run.kind == "nth_farthest"}):
         lines[100 / K] = "chance"
         # For n = K - 1 the answer is m itself. In the other cases one of K - 1 labels is guessed.
         lines[100 / K + 100 * (K - 1) / K * 1 / (K - 1)] = "plateau"
-    if any((run.arguments["num_vectors"], run.arguments["num_dims"]) == (8, 16) for run in found):
+    if any((run.arguments.get("num_vectors"), run.arguments.get("num_dims")) == (8, 16) for run in found):
         lines[100 * PAPER_ACCURACY] = "RMC of the paper"
     return [(value, f"{name} {value:.3g} %") for value, name in sorted(lines.items())]
 
@@ -100,7 +100,7 @@ def draw(
         lines = []
         for number, members in enumerate(groups):
             for run in members:
-                marker = {} if run.is_nth_farthest else {"marker": ".", "markersize": 5}
+                marker = {"marker": ".", "markersize": 5} if run.kind == "language model" else {}
                 curves = axis.plot(*points(run, name), color=f"C{number}", linewidth=1.4, **marker)
                 if training:
                     axis.plot(*points(run, name, True), color=f"C{number}", linewidth=1, linestyle="--")
@@ -110,7 +110,7 @@ def draw(
         axis.grid(axis="y", color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
     first = panels[0]
-    if found[0].is_nth_farthest:
+    if found[0].kind != "language model":
         first.set(ylim=(0, 102), ylabel="accuracy (%)")
         for axis in panels:
             for value, text in reference_lines(found):
@@ -147,9 +147,9 @@ def draw_runs(
     """Draw the curves of runs into a PNG and return the number of runs.
 
     Args:
-        paths: as run_files.read_runs takes them; all language models or all Nth farthest.
+        paths: as run_files.read_runs takes them; all language models, or all of one other script.
         path: the PNG to write.
-        against: keys of AXES; None for epochs, or steps for Nth farthest.
+        against: keys of AXES; None for epochs of language models, otherwise steps.
         labels: legends of the groups of runs that differ only in their seed; None for name_groups.
         training: also draw training perplexity or accuracy.
 
@@ -157,19 +157,19 @@ def draw_runs(
         UserError: runs or labels do not fit together, matplotlib is missing, or the PNG cannot be written.
     """
     found = run_files.read_runs(paths)
-    nth_farthest = found[0].is_nth_farthest
-    if any(run.is_nth_farthest != nth_farthest for run in found):
+    words = found[0].kind == "language model"
+    if len({run.kind for run in found}) > 1:
         raise UserError(
-            "language models and Nth-farthest runs cannot share a plot. Give the runs of one kind, for "
-            "example with runs/train_rmc-* in place of runs."
+            f"{' and '.join(sorted({run.kind for run in found}))} runs cannot share a plot. Give the runs of "
+            "one kind, for example with runs/train_rmc-* in place of runs."
         )
-    if nth_farthest and "epochs" in (against or ()):
-        raise UserError("Nth-farthest runs have no epochs. Use --against steps wall.")
+    if not words and "epochs" in (against or ()):
+        raise UserError(f"{found[0].kind} runs have no epochs. Use --against steps wall.")
     groups = run_files.group(found)
     if labels is not None and len(labels) != len(groups):
         names = "; ".join(", ".join(run.name for run in members) for members in groups)
         raise UserError(f"--labels needs {len(groups)} texts, got {len(labels)}. The groups are: {names}.")
-    against = against or ["steps" if nth_farthest else "epochs"]
+    against = against or ["epochs" if words else "steps"]
     figure = draw(groups, labels or name_groups(groups), against, training)
     try:
         files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=150))
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("paths", nargs="+", type=Path, metavar="RUN", help="a path as above")
     add("--outf", type=Path, default=Path("runs.png"), metavar="PNG", help="file to write")
     add("--against", nargs="+", choices=list(AXES),
-        help="horizontal axes, one panel for each (default: epochs; Nth farthest: steps)")  # fmt: skip
+        help="horizontal axes, one panel for each (default: epochs, or steps if there are no epochs)")  # fmt: skip
     add("--labels", nargs="+", metavar="TEXT",
         help="legends, one for each group of runs that differ only in their seed")  # fmt: skip
     add("--training", action="store_true", help="also draw training perplexity or accuracy, dashed")

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _project
 from training import runs
 from training.console import UserError
 
-LANGUAGE_MODELS = ("train_rmc", "train_rnn")
-NTH_FARTHEST = "train_nth_farthest"
+LANGUAGE_MODELS = ("train_rmc", "train_rnn")  # scored by perplexity; the other scripts by accuracy
 # Arguments that do not change what a run computes, apart from the seed.
 NOT_SETTINGS = (
     "seed", "name", "recipe", "resume", "evaluate", "state_lengths", "cuda", "threads", "log_interval",
@@ -61,8 +61,9 @@ class Run:
         return self.record["arguments"]
 
     @property
-    def is_nth_farthest(self) -> bool:
-        return self.script == NTH_FARTHEST
+    def kind(self) -> str:
+        """Equal for runs that can share a table and a plot: 'language model', or the script's task."""
+        return "language model" if self.script in LANGUAGE_MODELS else self.script.removeprefix("train_")
 
     @property
     def model(self) -> str:
@@ -104,9 +105,10 @@ def group(found: Sequence[Run]) -> list[list[Run]]:
 
 def why_unusable(run: Run) -> str | None:
     """Return why a run can be neither compared nor drawn, or None."""
-    if run.script not in (*LANGUAGE_MODELS, NTH_FARTHEST):
+    if not (run.script.startswith("train_") and (_project.FOLDER / f"{run.script}.py").is_file()):
         return f"a run of {run.script}.py, which is not a training script of this project"
-    if not run.find(*(("train", "test_accuracy") if run.is_nth_farthest else ("valid", "epoch"))):
+    words = run.kind == "language model"
+    if not run.find(*(("valid", "epoch") if words else ("train", "test_accuracy"))):
         return "its log has no results yet"
     return None
 
