@@ -16,20 +16,17 @@ from training import distributed, flags, trainer
 from relational_rnn_models import CORE_DEFAULTS, RelationalMemoryLM
 from tasks import language_flags, language_modelling
 
+# fmt: off
 RECIPES = {
     # About two minutes on a CPU.
     "tiny": {
         **language_flags.TINY,
-        "emsize": 128,
-        "headsize": 32,
-        "keysize": 32,
-        "attmlplayers": 2,
-        "forgetbias": 2.0,
-        "lr": 0.0015,
+        "emsize": 128, "headsize": 32, "keysize": 32, "attmlplayers": 2, "forgetbias": 2.0, "lr": 0.0015,
     },
     # 10,753,158 parameters.
     "wikitext2": {**language_flags.WIKITEXT2, "emsize": 184, "headsize": 176, "lr": 0.002},
 }
+# fmt: on
 
 
 def build_parser() -> flags.Parser:

@@ -12,64 +12,48 @@ import argparse
 from collections.abc import Sequence
 
 from training import distributed, flags, trainer
+from training.flags import option, switch
 
 from rnn_models import LAYERS, RNNLM
 from tasks import language_flags, language_modelling
 
+# fmt: off
 RECIPES = {
     # About as many weights, and as many epochs, as train_rmc.py's recipe of this name.
     "tiny": {
         **language_flags.TINY,
-        "emsize": 150,
-        "nhid": 150,
-        "tied": True,
-        "cudnn": True,
-        "lr": 0.005,
+        "emsize": 150, "nhid": 150, "tied": True, "cudnn": True, "lr": 0.005,
     },
-    # 10,733,894 parameters, divided between embedding and recurrence as in train_rmc.py's recipe.
+    # 10,733,894 parameters, with the same split between embedding and recurrent part as in train_rmc.py.
     "wikitext2": {
         **language_flags.WIKITEXT2,
-        "emsize": 184,
-        "nhid": 960,
-        "project": True,
-        "tied": True,
-        "cudnn": True,
-        "lr": 0.004,
+        "emsize": 184, "nhid": 960, "project": True, "tied": True, "cudnn": True, "lr": 0.004,
     },
 }
+# fmt: on
 
 
 def build_parser() -> flags.Parser:
     """Return the script's command line."""
     parser = flags.Parser("train_rnn", __doc__)
     network = parser.add_argument_group("recurrent network")
-    flags.option(network, "--model", None, "LSTM", None, "kind of cell", choices=tuple(LAYERS))
-    flags.option(network, "--emsize", flags.positive_int, 300, "UNITS", "size of a word's embedding")
-    flags.option(network, "--nhid", flags.positive_int, 300, "UNITS", "hidden units per layer")
-    flags.option(network, "--nlayers", flags.layer_count, 1, "N", "recurrent layers")
-    flags.switch(
-        network,
-        "--tied",
-        "share one matrix between embedding and softmax; requires --emsize equal to --nhid, or --project",
-    )
+    # fmt: off
+    option(network, "--model", None, "LSTM", None, "kind of cell", choices=tuple(LAYERS))
+    option(network, "--emsize", flags.positive_int, 300, "UNITS", "size of a word's embedding")
+    option(network, "--nhid", flags.positive_int, 300, "UNITS", "hidden units per layer")
+    option(network, "--nlayers", flags.layer_count, 1, "N", "recurrent layers")
+    switch(network, "--tied",
+           "share one matrix between embedding and softmax; requires --emsize equal to --nhid, or --project")
     network.add_argument(
-        "--cudnn",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="use torch's fused layer (cuDNN on a GPU), not a loop of cells; the result is the same",
-    )
-    flags.switch(
-        network,
-        "--project",
-        "add a linear layer from the hidden units to --emsize before the softmax, as in the RMC language "
-        "model; --tied then works with any --nhid",
-    )
+        "--cudnn", action=argparse.BooleanOptionalAction, default=False,
+        help="use torch's fused layer (cuDNN on a GPU), not a loop of cells; the result is the same")
+    switch(network, "--project",
+           "add a linear layer from the hidden units to --emsize before the softmax, as in the RMC language "
+           "model; --tied then works with any --nhid")
     language_flags.add_dropout_flags(
-        network,
-        "weight_hh of every layer",
-        "what is added to the LSTM's cells (loop of cells only, without --cudnn)",
-        between_layers=True,
-    )
+        network, "weight_hh of every layer",
+        "what is added to the LSTM's cells (loop of cells only, without --cudnn)", between_layers=True)
+    # fmt: on
     language_flags.add_flags(parser, list(RECIPES))
     return parser
 
@@ -86,17 +70,9 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
             "weights. Omit one of them."
         )
     return RNNLM(
-        vocab_size,
-        model=args.model,
-        embedding_size=args.emsize,
-        hidden_size=args.nhid,
-        num_layers=args.nlayers,
-        cutoffs=cutoffs,
-        tied=args.tied,
-        fused=args.cudnn,
-        project=args.project,
-        **language_flags.dropouts(args),
-    )
+        vocab_size, args.model, args.emsize, args.nhid, args.nlayers, cutoffs=cutoffs, tied=args.tied,
+        fused=args.cudnn, project=args.project, **language_flags.dropouts(args)
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
