@@ -45,7 +45,8 @@ def run(script, tmp_path, *words, unfinished="nothing"):
     [
         ("wikitext2/run_gpu.sh", 74),
         ("nth_farthest/run_gpu.sh", 4),
-        ("nth_farthest/sweep.sh", 81),
+        ("nth_farthest/sweep.sh", 76),
+        ("nth_farthest/curriculum.sh", 8),
         ("recipe_cpu/run.sh", 16),
         ("wikitext2_pair/run.sh", 52),
     ],

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of sweep.jsonl, each with one change from a base setting, except the four that changed the model's first
-# weights (init-*), and the runs of four.jsonl (four points in four dimensions). The flags, all readings and the hardware
+# weights (init-*) and the two with the curriculum flags of commit 799a55e, and the runs of four.jsonl (four points in four dimensions). The flags, all readings and the hardware
 # of the committed runs are in these files. clip-1 has not been run yet.
 #
 #   results/nth_farthest/sweep.sh           all settings, one run after the other; a table at the end
@@ -31,9 +31,7 @@ setting() {
 setting base 3 "$base"
 setting lr-3e-4 3 "$base --lr 3e-4"
 setting lr-3e-3 3 "$base --lr 3e-3"
-setting hard-curriculum-vectors 2 "$hard --curriculum-vectors 2 3 --curriculum-accuracy 0.85"
 setting hard 2 "$hard"
-setting plane-curriculum-dims 3 "$plane --curriculum-dims 1 --curriculum-accuracy 0.85"
 setting plane 3 "$plane"
 setting batch-16 3 "$base --batch-size 16"
 setting batch-256 3 "$base --batch-size 256"
