@@ -44,7 +44,7 @@ RECIPES = {
         "optimizer": "muon",
         "lr": 1e-3,
         "schedule": "cosine",
-        "steps": 22_000,
+        "steps": 30_000,
         "log_interval": 200,
         "threads": 1,
     },
