@@ -2,8 +2,8 @@
 
 Language models: validation perplexity, of the averaged weights once they are better. Other tasks: test
 accuracy. Nth farthest has lines for chance (1/K), for the plateau (2/K: a model that only knows that the
-nearest vector is the reference itself) and, for the paper's task, for its RMC (91 %). Runs that differ only in
-their seed have the same colour.
+nearest vector is the reference itself) and, at the paper's size, for the paper's RMC (91 %). Runs that differ
+only in their seed have the same colour.
 
 Paths are run folders, folders with runs, study files (STUDY.jsonl, made by tools/pack_runs.py), or STUDY/NAME
 for one run of a study file.
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("paths", nargs="+", type=Path, metavar="RUN", help="a path as above")
     add("--outf", type=Path, default=Path("runs.png"), metavar="PNG", help="file to write")
     add("--against", nargs="+", choices=list(AXES),
-        help="horizontal axes, one panel for each (default: epochs, or steps if there are no epochs)")  # fmt: skip
+        help="horizontal axes, one panel for each (default: epochs, or else steps)")  # fmt: skip
     add("--labels", nargs="+", metavar="TEXT",
         help="legends, one for each group of runs that differ only in their seed")  # fmt: skip
     add("--training", action="store_true", help="also draw training perplexity or accuracy, dashed")
