@@ -235,7 +235,8 @@ def train(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", lines=(13, 6, 6))
 
     def run(name, kind, *flags, gpus=1):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        for owner in (torch.cuda, torch.cuda.random):
+            monkeypatch.setattr(owner, "device_count", lambda: gpus)
         script, sizes = KINDS[kind]
         argv = [*sizes.split(), *" ".join(flags).split(), *(["--cuda"] if gpus else [])]
         argv += [] if "nth" in kind else ["--data", str(corpus)]
