@@ -52,7 +52,15 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
     assert sorted(os.listdir(folder)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
     output, warned = capsys.readouterr()
     assert warned.count("warning: ") == 1 and "an epoch has only 12 steps" in warned
-    shown = ("device: CPU", "2,380 / 602 / 574", "parameters", str(folder), "tokens/s", "best possible: 2.35")
+    shown = (
+        "epoch 2  8/12",
+        "device: CPU",
+        "2,380 / 602 / 574",
+        "parameters",
+        str(folder),
+        "tokens/s",
+        "best possible: 2.35",
+    )
     assert all(text in output for text in shown)
 
     events = runs.read_log(folder / "log.jsonl")

@@ -289,7 +289,8 @@ class Trainer:
             try:
                 while not task.finished(self.position.step):
                     self.model.train()
-                    with console.Progress(*task.span(self.position.step)) as progress:
+                    label, steps, done = task.span(self.position.step)
+                    with console.Progress(steps, label, done) as progress:
                         while not task.span_is_over(self.position.step):
                             self.step()
                             self.after_step(progress, saving, ending)
