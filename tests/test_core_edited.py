@@ -28,23 +28,52 @@ def train(project, corpus, folder):
     return losses, re.findall("warning: FastRelationalMemory runs .*", done.stderr)
 
 
-@pytest.mark.timeout(300)
-def test_edit_of_the_readable_core_trains_with_one_warning(corpus_folder, tmp_path):
-    copy = tmp_path / "project"
+def copy_project(copy):
     copy.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, copy)
     for package in ROOT.glob("*/__init__.py"):
         shutil.copytree(package.parent, copy / package.parent.name)
+
+
+def replace(path, *changes):
+    text = path.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+@pytest.mark.timeout(300)
+def test_edit_of_the_readable_core_trains_with_one_warning(corpus_folder, tmp_path):
+    copy = tmp_path / "project"
+    copy_project(copy)
     before, quiet = train(copy, corpus_folder, tmp_path / "before")
-    core = copy / "relational_rnn_general.py"
-    text = core.read_text()
-    assert text.count(EQ_7) == 1
-    core.write_text(text.replace(EQ_7, EQ_7.replace("input_gate", "(1 - forget_gate)")))
+    replace(copy / "relational_rnn_general.py", (EQ_7, EQ_7.replace("input_gate", "(1 - forget_gate)")))
     after, warned = train(copy, corpus_folder, tmp_path / "after")
     assert not quiet and len(warned) == 1
     assert "relational_rnn_general.py and relational_rnn_fast.py compute different results" in warned[0]
     assert len(after) == len(before) == 1 and abs(after[0] - before[0]) > 1e-4
+
+
+def test_example_of_the_page_on_changes_is_fast_again_after_its_port(tmp_path):
+    copy_project(tmp_path / "project")
+    page = (ROOT / "docs" / "change_the_maths.md").read_text()
+    (command,) = re.findall(r'^    python -c "(.*)"$', page, re.MULTILINE)
+
+    def obstacle():
+        options = {"cwd": tmp_path / "project", "capture_output": True, "text": True, "check": True}
+        return subprocess.run([sys.executable, "-c", command], **options).stdout
+
+    tanh = "        if self.gate_style is not None:\n            candidate = torch.tanh(candidate)\n"
+    replace(tmp_path / "project" / "relational_rnn_general.py", (tanh, ""))
+    assert "compute different results" in obstacle()
+    replace(
+        tmp_path / "project" / "relational_rnn_fast.py",
+        ("candidate, squashed = z.tanh_(), ", "candidate, squashed = z, "),
+        ("aten.tanh_backward(grad_z * input_gate, candidate)", "grad_z * input_gate"),
+    )
+    assert obstacle() == "None\n"
 
 
 @pytest.mark.parametrize(

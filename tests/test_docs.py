@@ -37,7 +37,7 @@ def test_example_runs(page, code, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("MPLBACKEND", "Agg")
         pytest.importorskip("matplotlib")
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
-    if "class Policy" in code:  # it learns
+    if "games won" in code:  # it learns
         assert int(re.search(r"games won: (\d+)%", capsys.readouterr().out)[1]) > 90
 
 
