@@ -24,6 +24,7 @@ from training.trainer import Script, Trainer
 import torch
 
 import tasks.learning_to_execute as task
+from tasks.core_flags import add_core_flags, core_arguments
 from tasks.learning_to_execute import SCRIPT, ExecuteModel, LearningToExecute
 
 # A few minutes on one CPU thread; the RMC and the LSTM have about as many parameters.
@@ -54,7 +55,7 @@ def build_parser() -> flags.Parser:
            "only print N examples; with --evaluate, the model's answers too")
     group = parser.add_argument_group("model")
     option(group, "--model", None, "rmc", None, "relational memory core, or LSTM", choices=task.MODELS)
-    flags.add_core_flags(group, task.CORE_DEFAULTS)
+    add_core_flags(group, task.CORE_DEFAULTS)
     option(group, "--nhid", flags.positive_int, 1024, "N", "hidden units of each of the two LSTM layers")
     option(group, "--outputlayers", flags.layer_count, 4, "N", "ReLU layers between the core and the logits")
     option(group, "--outputunits", flags.positive_int, 256, "N", "units of each of these layers")
@@ -67,7 +68,7 @@ def build_parser() -> flags.Parser:
 def build_model(args: argparse.Namespace) -> ExecuteModel:
     """Return the model that the flags describe, with random weights."""
     head = {"head_layers": args.outputlayers, "head_units": args.outputunits}
-    return ExecuteModel(args.model, args.nhid, **head, **flags.core_arguments(args))
+    return ExecuteModel(args.model, args.nhid, **head, **core_arguments(args))
 
 
 def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:

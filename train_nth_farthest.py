@@ -24,6 +24,7 @@ from training.trainer import Script, Trainer
 
 import torch
 
+from tasks.core_flags import add_core_flags, core_arguments
 from tasks.nth_farthest import CORE_DEFAULTS, HOLD, MODELS, NthFarthest, NthFarthestModel, measure
 
 SCRIPT = "train_nth_farthest"
@@ -74,7 +75,7 @@ def build_parser() -> flags.Parser:
            "examples per step in these stages (default: --batch-size)")
     model = parser.add_argument_group("model")
     option(model, "--model", None, "rmc", None, "relational memory core, or LSTM baseline", choices=MODELS)
-    flags.add_core_flags(model, CORE_DEFAULTS)
+    add_core_flags(model, CORE_DEFAULTS)
     option(model, "--nhid", flags.positive_int, 512, "N", "hidden units of the LSTM")
     option(model, "--outputlayers", flags.layer_count, 4, "N", "ReLU layers between the core and the logits")
     option(model, "--outputunits", flags.positive_int, 256, "N", "units of each of these layers")
@@ -113,7 +114,7 @@ def _stage(text: str) -> str:
 def build_model(args: argparse.Namespace) -> NthFarthestModel:
     """Return the model that the flags describe, with random weights."""
     return NthFarthestModel(
-        **flags.core_arguments(args),
+        **core_arguments(args),
         num_vectors=args.num_vectors,
         num_dims=args.num_dims,
         model=args.model,

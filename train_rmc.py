@@ -15,6 +15,7 @@ from training import distributed, flags, trainer
 
 from relational_rnn_models import CORE_DEFAULTS, RelationalMemoryLM
 from tasks import language_flags, language_modelling
+from tasks.core_flags import add_core_flags, core_arguments
 
 # fmt: off
 RECIPES = {
@@ -34,7 +35,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser("train_rmc", __doc__)
     core = parser.add_argument_group("relational memory core")
     flags.option(core, "--emsize", flags.positive_int, 192, "UNITS", "size of a word's embedding")
-    flags.add_core_flags(core, CORE_DEFAULTS)
+    add_core_flags(core, CORE_DEFAULTS)
     language_flags.add_dropout_flags(
         core, "the memory's gates and the queries, keys and values", "what is written into the memory"
     )
@@ -45,9 +46,7 @@ def build_parser() -> flags.Parser:
 def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | None) -> RelationalMemoryLM:
     """Return the model that the arguments describe, with random weights."""
     dropouts = language_flags.dropouts(args)
-    return RelationalMemoryLM(
-        vocab_size, args.emsize, cutoffs=cutoffs, **dropouts, **flags.core_arguments(args)
-    )
+    return RelationalMemoryLM(vocab_size, args.emsize, cutoffs=cutoffs, **dropouts, **core_arguments(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

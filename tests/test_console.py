@@ -1,15 +1,8 @@
 """Messages, exit status, lost output, progress bars, signals, timers."""
 
-import contextlib
-import fcntl
-import os
-import pty
-import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 from training import console
@@ -125,32 +118,6 @@ def test_progress_prints_lines_without_a_terminal(capsys):
         progress.report("loss 1.4", "loss 1.4 | 3 ms")
     lines = "epoch 1  10/120  loss 1.5\nepoch 1  11/120  loss 1.4 | 3 ms\n"
     assert capsys.readouterr() == (lines, "")
-
-
-def test_bar_keeps_ten_cells_on_eighty_columns(monkeypatch):
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    monkeypatch.setattr(sys, "stderr", console.LastingStream(open(slave, "w")))  # noqa: SIM115
-    now = [1000.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    report = "loss 4.7148, ppl 1111.59, 101,222 tokens/s"
-    with console.Progress(2000, "epoch 7", done=500) as progress:
-        now[0] += 1000
-        progress.advance(500)
-        progress.report(report)
-    sys.stderr.stream.flush()
-    os.set_blocking(master, False)
-    shown = b""
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            shown += os.read(master, 10_000)
-    frames = [frame for frame in re.split(r"[\r\n]+", shown.decode()) if report in frame]
-    assert len(frames) >= 1
-    for frame in frames:
-        assert len(frame) <= 80
-        bar, left = re.fullmatch(r"epoch 7  50%\|(.*)\| (\S+) left, " + report, frame).groups()
-        assert len(bar) >= 10 and left == "33:20"
-        assert bar[len(bar) // 2 - 1] != " " == bar[-1]
 
 
 # ---- signals

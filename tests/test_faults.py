@@ -3,8 +3,6 @@
 import contextlib
 import fcntl
 import functools
-import io
-import json
 import os
 import pty
 import random
@@ -165,24 +163,6 @@ def test_signal_during_evaluation_or_saving(owner, work, corpus, whole, tmp_path
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_names_outside_ascii_and_utf8(corpus, tmp_path, monkeypatch):
-    """As with PYTHONIOENCODING=ascii, and with a folder named by the bytes caf\\xe9."""
-    odd = tmp_path / os.fsdecode(b"caf\xe9")
-    shutil.copytree(corpus, odd / "text")
-    raw = io.BytesIO()
-    for name in ("stdout", "stderr"):
-        stream = console.LastingStream(io.TextIOWrapper(raw, encoding="ascii"))
-        monkeypatch.setattr(sys, name, stream)
-    argv = ["--data", str(odd / "text"), "--runs-folder", str(odd), "--name", "l\u00e4uft", "--epochs", "1"]
-    assert train_rnn.main([*SIZES, *LOOP, *argv]) == 0
-    run = odd / "l\u00e4uft"
-    arguments = json.loads((run / "args.json").read_text(encoding="utf-8"))["arguments"]
-    assert (arguments["data"], arguments["name"]) == (str(odd / "text"), "l\u00e4uft")
-    assert train_rnn.main(["--resume", str(run), "--epochs", "2"]) == 0
-    sys.stdout.flush()
-    assert b"caf\\udce9/l\\xe4uft, resumed at step 12" in raw.getvalue()
-
-
 def test_threads_are_recorded_and_kept(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "MULTIPLICATIONS_WORTH_A_THREAD", 1)
     monkeypatch.setattr(devices, "available_cores", lambda: 7)
@@ -266,13 +246,6 @@ def test_run_folder_that_is_away_for_a_while(corpus, whole, tmp_path, monkeypatc
     assert train(corpus, tmp_path, *ALWAYS) == 0
     assert capsys.readouterr().err.count("could not write") == 1
     assert_same_run(whole, run)
-
-
-def test_run_folder_that_is_deleted(corpus, tmp_path, monkeypatch, capsys):
-    after_step(monkeypatch, STEPS + 3, lambda: shutil.rmtree(tmp_path / "run"))
-    with pytest.raises(UserError, match="best.pt is missing"):
-        train(corpus, tmp_path)
-    assert "could not write to" in capsys.readouterr().err
 
 
 def test_run_folder_in_use_is_refused(whole, tmp_path):

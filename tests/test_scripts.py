@@ -246,18 +246,6 @@ def test_a_finished_run_without_best_pt_says_so(copied):
         train_rnn.main(["--resume", str(folder)])
 
 
-def test_a_run_from_before_an_argument_was_added_is_resumed(copied):
-    folder = copied / "train_rmc"
-    for name in ("best.pt", "last.pt"):
-        checkpoint = checkpoints.load_checkpoint(folder / name)
-        del checkpoint["config"]["init_scale"]
-        checkpoints.save_checkpoint(folder / name, checkpoint)
-    record = json.loads((folder / "args.json").read_text())
-    del record["arguments"]["init_scale"]
-    (folder / "args.json").write_text(json.dumps(record))
-    assert train_rmc.main(["--resume", str(folder), "--epochs", "2"]) == 0
-
-
 def test_resume_refuses_another_text(copied, tmp_path):
     other = write_corpus(tmp_path / "other", seed=6)
     with pytest.raises(UserError, match="not the one that this run was started on"):
