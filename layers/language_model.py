@@ -77,8 +77,9 @@ class LanguageModel(nn.Module):
         """Run the recurrent part: embedded (T, B, E), state (B, ...) to features (T, B, F), next state."""
         raise NotImplementedError
 
-    def hidden(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the inputs of the output layer (T, B, E) and the next state; tokens are (B, T)."""
+        state = self.initial_state(len(tokens)) if state is None else state
         words = tokens.t()
         embedded = drop_words(
             self.embedding(words), words, self.vocab_size, self.dropout_words, self.training
@@ -88,13 +89,13 @@ class LanguageModel(nn.Module):
         hidden = self.projection(features)
         return dropout(hidden, self.dropout_output, self.training, self.locked_dropout), state
 
-    def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Score a window.
 
         Args:
             tokens: word ids, (B, T).
             targets: the next word of each token, (B, T); ids below 0 are not scored.
-            state: the state before the window, (B, ...); it is not detached.
+            state: the state before the window, (B, ...); it is not detached. None is the initial state.
 
         Returns:
             nats: sum of -log p(target) over the scored targets, (1,), which replicas can gather.
@@ -103,12 +104,12 @@ class LanguageModel(nn.Module):
         hidden, state = self.hidden(tokens, state)
         return self.output_layer(hidden.flatten(0, 1), targets.t().flatten()).reshape(1), state
 
-    def loss(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the mean nats per scored target, a scalar, and the next state; shapes as in forward."""
         nats, state = self(tokens, targets, state)
         return nats.sum() / (targets >= 0).sum().clamp(min=1), state
 
-    def log_probabilities(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def log_probabilities(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of the word after tokens (B, T), (B, V), and the next state."""
         hidden, state = self.hidden(tokens, state)
         return self.output_layer.log_probabilities(hidden[-1]), state

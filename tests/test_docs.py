@@ -4,7 +4,13 @@ import importlib
 import re
 from pathlib import Path
 
+from training import checkpoints
+
 import pytest
+
+from data_utils import load_corpus
+from relational_rnn_models import RelationalMemoryLM
+from tasks import language_modelling
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -36,7 +42,17 @@ def test_example_runs(page, code, tmp_path, monkeypatch, capsys):
     if "matplotlib" in code:
         monkeypatch.setenv("MPLBACKEND", "Agg")
         pytest.importorskip("matplotlib")
-    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    if "best.pt" in code:
+        words = load_corpus("tiny").vocabulary
+        model = RelationalMemoryLM(len(words), embedding_size=6, head_size=5, num_heads=2)
+        (tmp_path / "runs" / "tiny").mkdir(parents=True)
+        contents = language_modelling.describe_model("rmc", model, words)
+        checkpoints.save_checkpoint(tmp_path / "runs" / "tiny" / "best.pt", contents)
+    names = {"__name__": "__main__"}
+    exec(compile(code, str(page), "exec"), names)
+    if "best.pt" in code:
+        assert len(names["scores"]) == 6
+        assert sum(names["scores"]) / -6 == pytest.approx(names["loss"].item(), rel=1e-5)
     if "games won" in code:  # it learns
         assert int(re.search(r"games won: (\d+)%", capsys.readouterr().out)[1]) > 90
 

@@ -112,7 +112,7 @@ def test_two_windows_equal_one_long_window(name):
     """Gradients included: the 2018 port detached the memory inside forward."""
     model = build(name)
     tokens, targets = window()
-    whole, final = model(tokens, targets, model.initial_state(B))
+    whole, final = model(tokens, targets)
     first, carried = model(tokens[:, :2], targets[:, :2], model.initial_state(B))
     second, final_again = model(tokens[:, 2:], targets[:, 2:], carried)
     torch.testing.assert_close(first + second, whole, **EXACT)
