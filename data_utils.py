@@ -293,17 +293,13 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 
 def save_cache(corpus: Corpus, path: Path) -> None:
-    """Write the cache and remove outdated ones of the same option; if this fails, warn and continue."""
+    """Write the cache and remove outdated ones of the same option; if it cannot be written, warn."""
     words = "\n".join(corpus.vocabulary.words)  # no word contains white space
     contents = {"words": words, **{split: getattr(corpus, split) for split in SPLITS}}
-    try:
-        checkpoints.save_checkpoint(path, contents)
+    if checkpoints.try_save_checkpoint(path, contents):
         for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
             if other != path:
                 other.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
-        reason = getattr(error, "strerror", None) or first_line(error)
-        warn(f"no corpus cache in {path.parent} ({reason}): the texts will be tokenised again next time")
 
 
 def load_cache(path: Path) -> Corpus | None:

@@ -160,44 +160,28 @@ def check_against_obvious_loop(folder):
 
 # White space of str.split that bytes.split does not know, of several bytes, and line ends that are none here.
 SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000"
-TEXT = st.text(st.sampled_from("ab \n\r\t" + SPACES + "é\u200b\ufeff😀"), min_size=1, max_size=60)
+TEXT = st.text(st.sampled_from("ab \n\r\t" + SPACES + "é\u200b\ufeff😀"), max_size=60)
 WITH_EOS = st.lists(st.sampled_from(["<eos>", "<eos>", " ", "\n", "\r\n", "a", "\xa0", "<eos"]), max_size=30)
 
 
-@fuzz(150)
-@given(train=TEXT, valid=TEXT, block=st.sampled_from([1, 2, 7, 1 << 20]))
-def test_texts_are_split_as_by_the_obvious_loop(tmp_path, train, valid, block):
-    write(tmp_path, train + "x", valid + "\n", "a\n")
+@fuzz(200)
+@given(text=TEXT | WITH_EOS.map("".join), block=st.sampled_from([1, 2, 7, 1 << 20]))
+def test_texts_are_split_as_by_the_obvious_loop(tmp_path, text, block):
+    write(tmp_path, text + "x", text + "\n", "a\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_utils, "BLOCK_BYTES", block)
         check_against_obvious_loop(tmp_path)
 
 
-@fuzz(150)
-@given(train=WITH_EOS.map("".join), block=st.sampled_from([1, 2, 7, 1 << 20]))
-def test_literal_eos_at_line_ends_is_split_as_by_the_obvious_loop(tmp_path, train, block):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_utils, "BLOCK_BYTES", block)
-        check_against_obvious_loop(write(tmp_path, train + " x\n", train + "\n"))
-
-
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("a b\r\n\r\nc\r\n", ["a", "b", EOS, EOS, "c", EOS]),
-        ("a b\n \nc\n", ["a", "b", EOS, EOS, "c", EOS]),
-        ("\ufeffa b", ["a", "b", EOS]),
-        ("a\n\ufeffb\n", ["a", EOS, "b", EOS]),
-        ("a\ufeffb \ufeff c", ["ab", "\ufeff", "c", EOS]),
-        ("a\n\n\n", ["a", EOS, EOS, EOS]),
-        ("\n", [EOS]),
-        ("  a\t b  ", ["a", "b", EOS]),
-        ("\u3000", [EOS]),
-        ("a\xa0b\x1fc\n", ["a", "b", "c", EOS]),
+        ("\ufeffa b\r\n\r\n\ufeffc\r\n", ["a", "b", EOS, EOS, "c", EOS]),
+        ("a\ufeffb \ufeff c\n \n\u3000", ["ab", "\ufeff", "c", EOS, EOS, EOS]),
         ("a <eos>\nb <eos> \r\n<eos>\n\nc <eos>", ["a", EOS, "b", EOS, EOS, EOS, "c", EOS]),
-        ("a <eos> b\nc<eos>\n", ["a", EOS, "b", EOS, "c<eos>", EOS]),
+        (" a <eos> b\nc<eos>\n", ["a", EOS, "b", EOS, "c<eos>", EOS]),
     ],
-)  # fmt: skip
+)
 def test_words_of_a_line(tmp_path, text, expected):
     assert words_of(load_corpus(str(write(tmp_path / "c", valid=text))), "valid") == expected
 
@@ -214,7 +198,6 @@ REFUSED = {
     "docx": (b"PK\x03\x04\x14\0\x06\0", "is a zip archive, as .docx"),
     "PDF": (b"%PDF-1.7\n%\xb5\xb5\xb5\xb5\n", "is a PDF file. "),
     "half a character": (b"a \xc3", "byte 2 is 0xc3"),
-    "overlong form": (b"a b\n\xc0\xaf\n", "byte 4 is 0xc0"),
     "late": (b"\xef\xbb\xbf" + b"a b\n" * 50 + b"\xff\n", "byte 203 is 0xff"),
 }
 
@@ -242,13 +225,8 @@ def test_a_missing_text_is_named_with_what_was_found(folder):
         f"no valid.txt in {folder} (found: notes.md, test.txt, train.txt). "
         "Expected train.txt, valid.txt and test.txt, one sentence per line."
     )
-
-
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
-def test_a_text_that_is_not_a_file(folder, make):
-    (folder / "test.txt").unlink()
-    make(folder / "test.txt")
-    with pytest.raises(UserError, match="test.txt is not a file"):
+    (folder / "valid.txt").mkdir()
+    with pytest.raises(UserError, match="valid.txt is not a file"):
         load_corpus(str(folder))
 
 
@@ -267,42 +245,26 @@ def test_data_that_is_not_a_folder(folder, tmp_path):
             load_corpus(wrong)
 
 
-def test_names_are_also_looked_up_beside_the_code(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_utils, "DATA_FOLDER", tmp_path)
-    monkeypatch.chdir("/")
-    for name in ("corpus", "data/corpus", "./data/corpus"):
-        assert load_corpus(name).folder == folder
-    with pytest.raises(UserError):
-        load_corpus("other/corpus")
-
-
-def test_a_folder_without_texts_does_not_hide_a_corpus(tmp_path, monkeypatch):
+def test_names_are_also_looked_up_beside_the_code(tmp_path, monkeypatch):
     monkeypatch.setattr(data_utils, "DATA_FOLDER", tmp_path / "project")
     bundled = write(tmp_path / "project" / "corpus")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "notes.md").write_text("")
-    assert load_corpus("corpus").folder == bundled
+    (tmp_path / "corpus").mkdir()  # a folder without texts does not hide a corpus
+    for name in ("corpus", "data/corpus", "./data/corpus"):
+        assert load_corpus(name).folder == bundled
+    with pytest.raises(UserError):
+        load_corpus("other/corpus")
     (tmp_path / "corpus" / "train.txt").write_text("a\n")  # one text: probably a mistake, which is reported
-    with pytest.raises(UserError, match=r"no valid.txt in corpus \(found: notes.md, train.txt\)"):
+    with pytest.raises(UserError, match=r"no valid.txt in corpus \(found: train.txt\)"):
         load_corpus("corpus")
 
 
 # ---- cache
 
 
-@pytest.fixture
-def no_tokenising(monkeypatch):
-    """Returns a function after which every use of `tokenise` fails."""
-    return lambda: monkeypatch.setattr(
-        data_utils, "tokenise", lambda *args: pytest.fail("the cache was not used")
-    )
-
-
-def test_the_cache_is_used_while_texts_and_options_are_the_same(folder, no_tokenising):
+def test_the_cache_is_used_while_texts_and_options_are_the_same(folder, monkeypatch):
     first, from_train = load_corpus(str(folder)), load_corpus(str(folder), "train")
-    assert len(caches(folder)) == 2
-    no_tokenising()
+    monkeypatch.setattr(data_utils, "tokenise", None)
     again = load_corpus(str(folder))
     assert equal(first, again) and again.train.dtype == torch.uint8
     assert equal(from_train, load_corpus(str(folder), "train"))
@@ -322,33 +284,24 @@ def test_an_edited_text_makes_the_cache_invalid(folder, split):
     assert len(caches(folder)) == 2  # the outdated one is removed, that of the other option is kept
 
 
-def check_rebuilt(folder, capsys, expected):
-    (path,) = caches(folder)
-    bad = path.read_bytes()
-    assert equal(load_corpus(str(folder)), expected)
-    err = capsys.readouterr().err
-    assert "cannot be used" in err and "it is rebuilt" in err and err.count("\n") == 1
-    assert path.read_bytes() != bad
-    assert equal(load_corpus(str(folder)), expected)
-    assert capsys.readouterr().err == ""
-
-
 def test_unusable_caches_are_rebuilt(folder, capsys):
     expected = load_corpus(str(folder))
     (path,) = caches(folder)
     path.write_bytes(path.read_bytes()[:500])
-    check_rebuilt(folder, capsys, expected)
+    for message in ("cannot be used", ""):
+        assert equal(load_corpus(str(folder)), expected)
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == bool(message)
 
 
-@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), RuntimeError("unexpected pos 64")])
-def test_a_cache_that_cannot_be_written_gives_a_warning_and_the_corpus(folder, capsys, monkeypatch, error):
+def test_a_cache_that_cannot_be_written_gives_a_warning_and_the_corpus(folder, capsys, monkeypatch):
     def fail(handle):
-        raise error
+        raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "fsync", fail)
     assert len(load_corpus(str(folder)).train) == 9 and caches(folder) == []
     err = capsys.readouterr().err
-    assert f"no corpus cache in {folder} ({error.args[-1]})" in err and err.count("\n") == 1
+    assert "could not write" in err and "Read-only file system" in err and err.count("\n") == 1
 
 
 def test_several_runs_cache_at_once(folder, capsys):

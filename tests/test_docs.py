@@ -51,8 +51,8 @@ def test_example_runs(page, code, tmp_path, monkeypatch, capsys):
     names = {"__name__": "__main__"}
     exec(compile(code, str(page), "exec"), names)
     if "best.pt" in code:
-        assert len(names["scores"]) == 6
-        assert sum(names["scores"]) / -6 == pytest.approx(names["loss"].item(), rel=1e-5)
+        assert len(names["scores"]) == 10
+        assert sum(names["scores"]) / -10 == pytest.approx(names["loss"].item(), rel=1e-5)
     if "games won" in code:  # it learns
         assert int(re.search(r"games won: (\d+)%", capsys.readouterr().out)[1]) > 90
 
