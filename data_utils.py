@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "\n".join(paragraphs(read_texts(args.texts)))
     lines = [line.split() for line in punctuation.separate(text, args.lower).split("\n")]
     if len(lines) < 3:
-        raise UserError(f"{args.texts[0]} has {len(lines)} lines. Use a text of 3 lines or more.")
+        raise UserError(f"too few lines to be split in three: {len(lines)}. Use a text of 3 or more.")
     ends = np.cumsum([len(line) + 1 for line in lines])  # tokens up to the end of each line
     first, second = np.searchsorted(20 * ends, [18 * ends[-1], 19 * ends[-1]], side="right")
     first = np.clip(first, 1, len(lines) - 2)  # every part has a line

@@ -87,12 +87,10 @@ def _separate_line(line: str) -> str:
                 glued = False
                 continue
             left, right = i > 0, i + 1 < len(pieces)  # what the text joins
-            word_follows = right and pieces[i + 1][0] != "'" and not EXPLICIT.fullmatch(pieces[i + 1])
+            word_follows = right and not EXPLICIT.fullmatch(pieces[i + 1])
             open_before = set(quotes)
             joins_left, joins_right = _sides(piece, words[-1] if words else "", quotes)
-            wrong_left = joins_left and not left or left and not (joins_left or glued)
-            wrong_right = joins_right and not right or word_follows and not joins_right
-            if (wrong_left or wrong_right) and (left or right):
+            if left and not (joins_left or glued) or word_follows and not joins_right:
                 piece, joins_right, quotes = "@" * left + piece + "@" * right, right, open_before
             words.append(piece)
             glued = joins_right
@@ -103,6 +101,9 @@ def _split(chunk: str, ends_line: bool) -> list[str]:
     """Return the words and marks of what is between two spaces."""
     pieces = []
     for piece in filter(None, MARK.split(chunk)):
+        if pieces and re.match("'.", pieces[-1]) and piece[0] != "'" and not EXPLICIT.fullmatch(piece):
+            pieces[-1] += piece  # more of a word that began at an apostrophe
+            continue
         stem = piece.removesuffix(".")
         acronym = re.fullmatch(r"(\w{1,2}\.)+\w", stem)
         short = not ends_line and (re.fullmatch("[A-HJ-Z]", stem) or stem.lower() in ABBREVIATIONS)

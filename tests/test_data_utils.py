@@ -9,7 +9,6 @@ from pathlib import Path
 
 from training.console import UserError
 
-import numpy as np
 import pytest
 import torch
 from conftest import fuzz
@@ -108,13 +107,9 @@ def test_an_unk_that_training_never_shows_gives_one_warning(folder, tmp_path, ca
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    "size, dtype",
-    [(2, "uint8"), (256, "uint8"), (257, "int16"), (32768, "int16"), (32769, "int32"), (2**31 + 1, "int64")],
-)
-def test_smallest_dtype(size, dtype):
-    assert smallest_dtype(size) == dtype
-    assert np.array(size - 1).astype(dtype) == size - 1
+def test_smallest_dtype():
+    expected = {256: "uint8", 257: "int16", 32768: "int16", 32769: "int32", 2**31 + 1: "int64"}
+    assert {size: smallest_dtype(size) for size in expected} == expected
 
 
 def test_fingerprint_has_its_known_value_and_depends_on_words_and_ids(folder):
@@ -269,6 +264,16 @@ def test_the_cache_is_used_while_texts_and_options_are_the_same(folder, monkeypa
     assert equal(first, again) and again.train.dtype == torch.uint8
     assert equal(from_train, load_corpus(str(folder), "train"))
     again.train += 1  # the memory is writable
+    monkeypatch.undo()
+    write(folder, TRAIN + VALID, "x\n")
+    load_corpus(str(folder))
+    assert words_of(load_corpus(str(write(folder, TRAIN, VALID + "x\n"))), "valid") == [
+        "a",
+        "d",
+        EOS,
+        "x",
+        EOS,
+    ]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -381,7 +386,7 @@ def test_lines_are_joined_if_the_whole_text_has_twenty_blank_lines():
     assert data_utils.paragraphs(["a\nb"] * 30) == ["a", "b"] * 30
 
 
-@pytest.mark.parametrize("lines", [["a"] * 40 + ["b " * 99], ["a " * 99] + ["b"] * 40, ["a", "b", "c " * 9]])
+@pytest.mark.parametrize("lines", [["a"] * 40 + ["b " * 99], ["a " * 99] + ["b"] * 40, ["a " * 99, "b", "c"]])
 def test_every_part_has_a_line(tmp_path, lines):
     (tmp_path / "raw").write_text("\n".join(lines))
     data_utils.main([str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
@@ -390,23 +395,20 @@ def test_every_part_has_a_line(tmp_path, lines):
 
 
 @pytest.mark.parametrize(
-    "text, flags, message",
+    "texts, flags, message",
     [
-        ("two\nlines\n", [], "raw has 2 lines. Use a text of 3"),
-        (" \n", [], "raw is empty"),
-        ("a\n" * 99, ["--vocab-size", "2"], "--vocab-size must be at least 3, got 2"),
-        (b"caf\xe9", [], "raw is not UTF-8 text"),
+        ([b"two\nlines\n"], [], "too few lines to be split in three: 2. Use a text of 3"),
+        ([b"a\n" * 9, b" \n"], [], "1.txt is empty"),
+        ([b"a\n" * 9], ["--vocab-size", "2"], "--vocab-size must be at least 3, got 2"),
+        ([b"caf\xe9"], [], "0.txt is not UTF-8 text"),
+        ([], [], "no .txt file in the folder"),
     ],
 )
-def test_raw_texts_that_are_refused(tmp_path, text, flags, message):
-    (tmp_path / "good").write_text("a\n" * 9)
-    (tmp_path / "raw").write_bytes(text if isinstance(text, bytes) else text.encode())
-    texts = [str(tmp_path / "good")] * (message == "raw is empty") + [str(tmp_path / "raw")]
+def test_raw_texts_that_are_refused(tmp_path, texts, flags, message):
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(text)
     with pytest.raises(UserError, match=message):
-        data_utils.main([*texts, "--out", str(tmp_path / "out"), *flags])
-    (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="no .txt file in the folder"):
-        data_utils.main([str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+        data_utils.main([str(tmp_path), "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
 
 

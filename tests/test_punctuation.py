@@ -26,6 +26,7 @@ from corpora.punctuation import join, separate
         ("_The Times_ (word. \" x)", '_@ The Times @_ ( word . " x )'),
         ("www.site.com  <unk>\tx", "www.site.com <unk> x"),
         ("3 @,@ 000 @-@ don 't . \" x \" @\u2026 -- .", "3 @,@ 000 @-@ don 't . \" x \" @\u2026 -- ."),
+        ('("Yes")', '( " Yes " )'),
         ("", ""),
     ],
 )  # fmt: skip
