@@ -120,6 +120,27 @@ def test_progress_prints_lines_without_a_terminal(capsys):
     assert capsys.readouterr() == (lines, "")
 
 
+def test_streams_may_lack_isatty(monkeypatch):
+    """As those of a notebook or a service may."""
+
+    class Stream:
+        def __init__(self):
+            self.text, self.flush = "", lambda: None
+
+        def write(self, text):
+            self.text += text
+
+    out, err = Stream(), Stream()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with console.Progress(12, "epoch 1") as progress:
+        progress.advance(3)
+        progress.report("loss 1.5")
+    console.say("done")
+    console.warn("few steps")
+    assert (out.text, err.text) == ("epoch 1  3/12  loss 1.5\ndone\n", "warning: few steps\n")
+
+
 # ---- signals
 
 

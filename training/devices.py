@@ -148,7 +148,7 @@ def random_states() -> dict[str, Any]:
     """Return the states of torch's random number generators for a checkpoint."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(gpu) for gpu in range(torch.cuda.device_count())],
     }
 
 
@@ -159,8 +159,9 @@ def restore_random_states(states: dict[str, Any]) -> bool:
         False if the GPU states were not restored, because the number of visible GPUs has changed.
     """
     torch.set_rng_state(states["torch"].cpu())
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(states["cuda"]) == count:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-        return True
-    return count == 0
+    count = torch.cuda.device_count()
+    if len(states["cuda"]) != count:
+        return count == 0
+    for gpu, state in enumerate(states["cuda"]):
+        torch.cuda.set_rng_state(state.cpu(), gpu)
+    return True
