@@ -107,7 +107,7 @@ def test_the_command_writes_a_png_whatever_the_names_and_the_notebook(tmp_path):
         nth_farthest_run(tmp_path / "runs", name, lr=seed)
     nth_farthest_run(tmp_path / "runs", "young", accuracies=())
     command = [sys.executable, TOOL, tmp_path / "runs", "--outf", tmp_path / "out.png"]
-    environment = {**os.environ, "MPLBACKEND": "module://a_notebook.backend"}
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
