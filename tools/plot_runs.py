@@ -115,9 +115,11 @@ def draw(
         for axis in panels:
             for value, text in reference_lines(found):
                 axis.axhline(value, color="grey", linestyle=":", linewidth=1)
+                above = value > 90  # where no curve is likely to be
                 axis.annotate(
-                    text, (1, value), xycoords=("axes fraction", "data"), xytext=(0, -3), fontsize=8,
-                    textcoords="offset points", color="dimgrey", ha="right", va="top",
+                    text, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 1 if above else -3),
+                    textcoords="offset points", color="dimgrey", ha="right", fontsize=8,
+                    va="bottom" if above else "top",
                 )  # fmt: skip
     else:
         first.set(yscale="log", ylabel="perplexity" if training else "validation perplexity")
@@ -150,7 +152,8 @@ def draw_runs(
         paths: as run_files.read_runs takes them; all language models, or all of one other script.
         path: the PNG to write.
         against: keys of AXES; None for epochs of language models, otherwise steps.
-        labels: legends of the groups of runs that differ only in their seed; None for name_groups.
+        labels: legends of the groups of runs that differ only in their seed; groups with the same legend are
+            drawn as one. None for name_groups.
         training: also draw training perplexity or accuracy.
 
     Raises:
@@ -170,7 +173,10 @@ def draw_runs(
         names = "; ".join(", ".join(run.name for run in members) for members in groups)
         raise UserError(f"--labels needs {len(groups)} texts, got {len(labels)}. The groups are: {names}.")
     against = against or ["epochs" if words else "steps"]
-    figure = draw(groups, labels or name_groups(groups), against, training)
+    merged: dict[str, list[Run]] = {}
+    for label, members in zip(labels or name_groups(groups), groups, strict=True):
+        merged.setdefault(label, []).extend(members)
+    figure = draw(list(merged.values()), list(merged), against, training)
     try:
         files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=150))
     except OSError as error:
