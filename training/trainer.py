@@ -199,8 +199,8 @@ class Trainer:
         self.parts = self.captured_parts = [self.add_gradients, self.update]
         # Replicas run in threads, which cannot be captured.
         if task.can_be_captured and not args.no_cuda_graph and self.replicas is self.model:
-            whole = [self.whole_step] if alone else self.parts
-            self.captured_parts = capture_together(whole, device, self.not_captured, beside_threads=not alone)
+            parts = [self.whole_step] if alone and device.type == "cuda" else self.parts
+            self.captured_parts = capture_together(parts, device, self.not_captured, beside_threads=not alone)
         self.worst_score = -math.inf if task.higher_is_better else math.inf
         self.position = Position(self.worst_score)
         self.interrupts = console.Interrupts()
