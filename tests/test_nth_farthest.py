@@ -405,3 +405,20 @@ def test_the_core_leaves_the_plateau_and_the_lstm_does_not(tmp_path):
     _, folder = train(tmp_path, *flags, "--model", "lstm", "--nhid", 64, "--steps", steps, name="lstm")
     accuracies = [event["test_accuracy"] for event in events(folder, "train")]
     assert accuracies[-1] > 0.62 and max(accuracies) < beyond
+
+
+# ---- the model in the repository
+
+
+def test_the_trained_model_of_the_repository_solves_the_papers_task(capsys):
+    """Chance is 12.5 %, the plateau 25 %, and the paper reports 91 %."""
+    folder = Path(script.__file__).parent / "results" / "nth_farthest" / "model"
+    assert (folder / "best.pt").stat().st_size < 1_000_000
+    checkpoint = checkpoints.load_checkpoint(folder / "best.pt")
+    assert "optimizer" not in checkpoint
+    model = NthFarthestModel(**checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    inputs, targets = make_batch(1000, 8, 16, torch.Generator().manual_seed(5))
+    assert nth_farthest.is_correct(model, inputs, targets, 500).float().mean() > 0.89
+    assert script.main(["--evaluate", str(folder)]) == 0
+    assert "12,800 fresh examples" in capsys.readouterr().out
