@@ -1,4 +1,4 @@
-"""Word-level corpora: vocabulary, tokenising, cache, download, and columns of tokens for training.
+"""Word-level corpora: vocabulary, tokenizing, cache, download, and columns of tokens for training.
 
 A corpus is a folder with train.txt, valid.txt and test.txt in UTF-8. Words are what `str.split` returns, a
 line ends at a line feed, and every line, blank or not, ends in one `<eos>` token. A line that already ends in
@@ -121,7 +121,7 @@ def load_corpus(data: str, vocab_from: str = "all") -> Corpus:
     path = folder / f".corpus-{vocab_from}-{key.hexdigest()[:32]}.pt"
     corpus = load_cache(path)
     if corpus is None:
-        corpus = tokenise(folder, vocab_from)
+        corpus = tokenize(folder, vocab_from)
         save_cache(corpus, path)
     if UNK in corpus.vocabulary.index:
         unk = corpus.vocabulary.index[UNK]
@@ -181,7 +181,7 @@ def check_folder(folder: Path) -> None:
             )
 
 
-# ---- tokenising
+# ---- tokenizing
 
 CACHE_FORMAT = 4
 BLOCK_BYTES = 1 << 20  # bytes of text processed at a time; as words they take about twelve times the memory
@@ -191,7 +191,7 @@ BEFORE_LAST_WORD = re.compile(rb".* (?=[!-~])", re.DOTALL)
 EOS_AT_LINE_END = re.compile(r"(?<!\S)<eos>[^\S\n]*(?=\n)")
 
 
-def tokenise(folder: Path, vocab_from: str) -> Corpus:
+def tokenize(folder: Path, vocab_from: str) -> Corpus:
     """Read the three texts once and return the corpus.
 
     Words are first numbered in order of appearance. Once all are counted, ids replace these numbers.
@@ -199,7 +199,7 @@ def tokenise(folder: Path, vocab_from: str) -> Corpus:
     numbers = defaultdict(itertools.count().__next__)  # a new word gets the next number
     texts, known = {}, 0
     total = sum(os.path.getsize(folder / f"{split}.txt") for split in SPLITS)
-    with tqdm(total=total, unit="B", unit_scale=True, delay=1, disable=None, desc="tokenising") as progress:
+    with tqdm(total=total, unit="B", unit_scale=True, delay=1, disable=None, desc="tokenizing") as progress:
         for split in SPLITS:
             path, chunks = folder / f"{split}.txt", []
             for text in read_text(path):

@@ -21,7 +21,7 @@ import torch
 from corpora import punctuation
 from data_utils import EOS, UNK, Vocabulary
 from layers.language_model import LanguageModel
-from tasks import language_modelling
+from tasks import language_modeling
 
 SHOWN = 400  # characters of the text that are printed as well as written
 
@@ -95,7 +95,7 @@ def choose(
     probabilities = scores.softmax(dim=1)
     if top_p < 1:
         before = probabilities.cumsum(dim=1) - probabilities  # of the likelier words
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # multinomial normalises again
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # multinomial normalizes again
     return order.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
 
@@ -170,8 +170,8 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
 def find_model(args: argparse.Namespace) -> Path:
     """Return the checkpoint to use; print which one if the user named none."""
     if args.checkpoint is not None:
-        return language_modelling.find_checkpoint(args.checkpoint)
-    run = runs.newest_run(args.runs_folder, language_modelling.SCRIPTS)
+        return language_modeling.find_checkpoint(args.checkpoint)
+    run = runs.newest_run(args.runs_folder, language_modeling.SCRIPTS)
     if run is None:
         raise UserError(
             f"no trained model: no run of a language model in {args.runs_folder} has a best.pt. "
@@ -185,7 +185,7 @@ def write_texts(args: argparse.Namespace) -> tuple[list[str], int]:
     """Return the texts that the arguments describe, and the exit status."""
     path = find_model(args)
     device = devices.choose_device(args.cuda)
-    model, vocabulary = language_modelling.load_model(checkpoints.load_checkpoint(path), device)
+    model, vocabulary = language_modeling.load_model(checkpoints.load_checkpoint(path), device)
     size = sum(parameter.numel() for parameter in model.parameters())
     devices.choose_threads(args.threads, size * args.samples, device)
     prompt = encode_prompt(args.prompt, vocabulary)

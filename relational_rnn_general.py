@@ -1,8 +1,8 @@
-"""Relational Memory Core (Santoro et al. 2018, arXiv:1806.01822, section 3), with the maths of DeepMind's
+"""Relational Memory Core (Santoro et al. 2018, arXiv:1806.01822, section 3), with the math of DeepMind's
 original module.
 
 This file imports only torch and can be copied into another project as it is. relational_rnn_fast.py has a
-faster class with the same parameters and results, whose hand-written pass repeats the maths of this file.
+faster class with the same parameters and results, whose hand-written pass repeats the math of this file.
 After an edit here that class finds that the results differ, warns once and runs the loop of this file, in
 training too (docs/change_the_maths.md).
 
@@ -15,7 +15,7 @@ Departures from the paper, all taken from the original module:
       and the update of eq. 7 is applied to the memory.
     * The candidate passes through tanh before the input gate. In eq. 7 it is psi(m), the output of the MLP.
     * Queries are computed for all R rows, so several blocks can refine the input rows too. Eq. 2 has queries
-      of the memory rows only. With one block the results are equal, as the input rows are dropped afterwards.
+      of the memory rows only. With one block the results are equal, as the input rows are dropped afterward.
     * A layer norm is applied to the projected queries, keys and values: one norm over all features of a row.
     * The gates read tanh(memory) where eqs. 4 and 5 read the hidden state. Their two biases (forget_bias and
       input_bias) are fixed numbers that are added to learned ones.
@@ -345,7 +345,7 @@ class RelationalMemory(nn.Module):
         return self.blocks[0].mlp_norm.weight  # replicas of DataParallel have weights but no parameters
 
     def reset_parameters(self) -> None:
-        """Initialise as the original: weights normal, std 1/sqrt(fan_in), truncated at two std; biases 0.
+        """Initialize as the original: weights normal, std 1/sqrt(fan_in), truncated at two std; biases 0.
 
         init_scale multiplies the weights.
         """

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from layers.language_model import LanguageModel, check_probability
-from layers.regularisation import drop_weights, dropout_mask
+from layers.regularization import drop_weights, dropout_mask
 from relational_rnn_fast import FastRelationalMemory
 from relational_rnn_general import as_integer
 
@@ -36,7 +36,7 @@ class RelationalMemoryLM(LanguageModel):
             dropout_words: see LanguageModel.
         dropout_weights: see LanguageModel. It acts on the matrices that multiply the memory at every step:
             the memory's gates and the queries, keys and values. They correspond to weight_hh of an LSTM. The
-            attention MLP is not dropped: its input is normalised attention output.
+            attention MLP is not dropped: its input is normalized attention output.
         dropout_candidate: probability of dropping a feature of the candidate, which is written into the
             memory; what the memory already holds stays, which needs gates. The place is that of Semeniuta
             et al. 2016 (arXiv:1603.05118), with one mask for all steps of a window as in Gal & Ghahramani

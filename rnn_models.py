@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layers.fused import fused_precision
 from layers.language_model import LanguageModel, check_probability
-from layers.regularisation import drop_weights, dropout, dropout_mask
+from layers.regularization import drop_weights, dropout, dropout_mask
 from relational_rnn_general import as_integer
 
 # With weight drop, cuDNN copies the weights into one block of memory at every call and warns each time. The
@@ -132,7 +132,7 @@ class RNNLM(LanguageModel):
     def _fused_layer(
         self, inputs: Tensor, state: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Run one layer: inputs (T, B, F), its state and weights, to outputs and the state afterwards."""
+        """Run one layer: inputs (T, B, F), its state and weights, to outputs and the state afterward."""
         function = getattr(torch, self.function_name)
         before = [part.unsqueeze(0) for part in state]
         with fused_precision(self.rnn):

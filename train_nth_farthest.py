@@ -1,7 +1,7 @@
 """Train a relational memory core, or an LSTM, on the paper's task "Nth farthest" (arXiv:1806.01822).
 
-The inputs are labelled vectors, one per step. The answer is the label of the n-th farthest from the vector
-labelled m. The defaults are the paper's settings: 8 vectors of 16 dimensions, Adam at 1e-4, batch 1600.
+The inputs are labeled vectors, one per step. The answer is the label of the n-th farthest from the vector
+labeled m. The defaults are the paper's settings: 8 vectors of 16 dimensions, Adam at 1e-4, batch 1600.
 Chance is 1/8. A model that has learned only that the nearest vector is m itself scores 2/8, and training
 stays at that level for a long time. The paper's core reaches 91 %.
 """
@@ -150,8 +150,8 @@ def curriculum(args: argparse.Namespace) -> list[tuple[int, int]]:
 def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
     """Return the trainer that the arguments describe."""
     model = build_model(args).to(device)
-    work, neighbours = work_of(model, args) / processes.world_size, distributed.processes_on_this_host()
-    args.threads = devices.choose_threads(args.threads, work, device, neighbours)
+    work, neighbors = work_of(model, args) / processes.world_size, distributed.processes_on_this_host()
+    args.threads = devices.choose_threads(args.threads, work, device, neighbors)
     chance, plateau = 1 / args.num_vectors, 2 / args.num_vectors
     print(
         f"task: {args.num_vectors} vectors, dimensions: {args.num_dims}; chance {chance:.1%}, "

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from training import distributed, flags, trainer
 
 from relational_rnn_models import CORE_DEFAULTS, RelationalMemoryLM
-from tasks import language_flags, language_modelling
+from tasks import language_flags, language_modeling
 from tasks.core_flags import add_core_flags, core_arguments
 
 # fmt: off
@@ -51,9 +51,9 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
-    script = language_modelling.script("train_rmc", "rmc", build_parser(), build_model, RECIPES)
+    script = language_modeling.script("train_rmc", "rmc", build_parser(), build_model, RECIPES)
     return trainer.run(script, argv)
 
 
 if __name__ == "__main__":
-    distributed.run_script(main, language_modelling.LOWER_MEMORY)
+    distributed.run_script(main, language_modeling.LOWER_MEMORY)

@@ -15,7 +15,7 @@ from training import distributed, flags, trainer
 from training.flags import option, switch
 
 from rnn_models import LAYERS, RNNLM
-from tasks import language_flags, language_modelling
+from tasks import language_flags, language_modeling
 
 # fmt: off
 RECIPES = {
@@ -77,9 +77,9 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
-    script = language_modelling.script("train_rnn", "rnn", build_parser(), build_model, RECIPES)
+    script = language_modeling.script("train_rnn", "rnn", build_parser(), build_model, RECIPES)
     return trainer.run(script, argv)
 
 
 if __name__ == "__main__":
-    distributed.run_script(main, language_modelling.LOWER_MEMORY)
+    distributed.run_script(main, language_modeling.LOWER_MEMORY)

@@ -1,1 +1,1 @@
-"""Where texts come from and how they are written: downloads, and the punctuation of tokenised text."""
+"""Where texts come from and how they are written: downloads, and the punctuation of tokenized text."""

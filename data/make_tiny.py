@@ -32,7 +32,7 @@ SPLITS = {"train": (1, 150_000), "valid": (2, 15_000), "test": (3, 15_000)}  # s
 GIRLS = ["anna", "emma", "lucy"]
 BOYS = ["ben", "jack", "tom"]
 THINGS = ["ball", "drum", "kite"]
-COLOURS = ["blue", "golden", "green", "red", "white", "yellow"]
+COLORS = ["blue", "golden", "green", "red", "white", "yellow"]
 PLACES = ["bridge", "castle", "forest", "garden", "lake", "market", "mill", "river", "tower", "well"]
 WEATHER = ["bright", "cloudy", "cold", "foggy", "rainy", "snowy", "sunny", "windy"]
 TIMES = ["morning", "noon", "afternoon", "evening"]
@@ -116,7 +116,7 @@ class Story:
         tell.say(END)
         self.owner = tell.pick(self.children)
         tell.say("had a")
-        tell.pick(COLOURS)
+        tell.pick(COLORS)
         self.thing = tell.pick(THINGS)
         tell.say(f"and {self.other(self.owner)} had a")
         tell.pick(SIZES)

@@ -21,7 +21,7 @@ from training import checkpoints, console  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from tasks import language_modelling  # noqa: E402
+from tasks import language_modeling  # noqa: E402
 
 STORY = """
     one bright noon near the river tom met lucy . <eos>
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder of train_rmc.py, or a checkpoint")
     parser.add_argument("--outf", default="attention.png", metavar="PNG", help="file to write")
     args = parser.parse_args(argv)
-    checkpoint = checkpoints.load_checkpoint(language_modelling.find_checkpoint(args.run))
-    model, vocabulary = language_modelling.load_model(checkpoint, torch.device("cpu"))
+    checkpoint = checkpoints.load_checkpoint(language_modeling.find_checkpoint(args.run))
+    model, vocabulary = language_modeling.load_model(checkpoint, torch.device("cpu"))
     words = STORY.split()
     rows = rows_of(model, vocabulary.encode(words))
     figure = Figure(figsize=(11, 2.7), layout="constrained")

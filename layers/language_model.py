@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layers.regularisation import drop_words, dropout
+from layers.regularization import drop_words, dropout
 from layers.softmax import AdaptiveSoftmax, FullSoftmax
 
 
@@ -31,7 +31,7 @@ class LanguageModel(nn.Module):
                 locked_dropout: use one dropout mask for all steps of a window.
                 dropout_words: probability of dropping a word of the vocabulary from a window's input.
                 dropout_weights: probability of dropping an entry of the recurrent matrices for a window.
-            The last three are explained in regularisation.py. All dropout is active in training only.
+            The last three are explained in regularization.py. All dropout is active in training only.
         feature_size: features F that the recurrent part returns per time step.
 
     Raises:

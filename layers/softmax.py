@@ -112,7 +112,7 @@ class AdaptiveSoftmax(nn.Module):
         nats = _widened(hidden.new_zeros(()))
         for (project, score), (low, _), rows in zip(self.tail, self.bounds, rows_of, strict=True):
             # A cluster without targets stays in the graph: its gradient is then zero instead of None, which
-            # replicas and optimisers need.
+            # replicas and optimizers need.
             nats = nats + linear_cross_entropy(project(hidden[rows]), score.weight, None, targets[rows] - low)
         head_targets = torch.where(part > 0, self.cutoffs[0] + part - 1, targets)
         return nats + linear_cross_entropy(hidden, self.head.weight, self.head.bias, head_targets)

@@ -3,7 +3,7 @@
 A model reads a short program, one character per step. Then it writes the result, one character per step,
 without being shown any of it. The programs follow Zaremba & Sutskever 2014 (arXiv:1410.4615). They are
 Python, and the result is the value of the last line modulo 10^(length + 1), as in DeepMind's own script of
-this task. Copy, reverse and double are strings of digits, to be written once, backwards or twice.
+this task. Copy, reverse and double are strings of digits, to be written once, backward or twice.
 
 Shapes named in the comments of this file:
     B batch   P characters of the longest program   A characters of the longest answer, with its end mark
@@ -133,7 +133,7 @@ def encode(examples: Sequence[tuple[str, str]], sizes: tuple[int, int] = (0, 0))
     Returns:
         codes: (B, T), indices into CHARACTERS; from the program's end on C, which means no character.
         steps: (B, A), the steps that write the answer.
-        targets: (B, A), indices into SYMBOLS, with the end mark; NOT_SCORED afterwards.
+        targets: (B, A), indices into SYMBOLS, with the end mark; NOT_SCORED afterward.
     """
     programs, answers = zip(*examples, strict=True)
     answers = [answer + END for answer in answers]

@@ -1,7 +1,7 @@
 """The task "Nth farthest" (arXiv:1806.01822, sections 4.1 and A.1): examples, models, training, scores.
 
 A sequence shows K vectors of D dimensions, one per time step, each with a label. Every step repeats the
-question "which vector is the n-th farthest from the vector labelled m?"; the answer is its label.
+question "which vector is the n-th farthest from the vector labeled m?"; the answer is its label.
 
 Shapes named in the comments of this file:
     B batch   K num_vectors, which is also the number of time steps, of labels and of classes   D num_dims
@@ -82,7 +82,7 @@ def make_batch(
         shown: a curriculum's stage (k, d): sequences of k vectors (2 to K) with k of the K labels, whose
             coordinates after the first d (1 to D) are 0. The first d are multiplied by sqrt(D / d), so that
             vectors keep their length from stage to stage. The K - k absent vectors count as infinitely far
-            away and are never the answer: n = K - 1 means m itself and n = K - 2 its nearest neighbour in
+            away and are never the answer: n = K - 1 means m itself and n = K - 2 its nearest neighbor in
             every stage. None for the full task.
 
     Returns:

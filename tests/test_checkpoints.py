@@ -16,7 +16,7 @@ import torch
 from data_utils import Vocabulary
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from tasks.language_modelling import describe_model, load_model
+from tasks.language_modeling import describe_model, load_model
 
 VOCABULARY = Vocabulary(["a", "b", "c", "<eos>", "ü"])
 
@@ -210,12 +210,12 @@ def test_weight_that_does_not_fit_is_named(good, tmp_path):
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)])
-def test_optimiser_state_must_fit_its_parameters(name, value):
+def test_optimizer_state_must_fit_its_parameters(name, value):
     parameter = torch.nn.Parameter(torch.ones(2, 3))
     optimizer = torch.optim.Adam([parameter], fused=True)
     parameter.sum().backward()
     optimizer.step()
     checkpoints.check_optimizer(optimizer)
     optimizer.state[parameter][name] = value
-    with pytest.raises(ValueError, match=f"optimiser's {name} is .* for a parameter of .2, 3. torch"):
+    with pytest.raises(ValueError, match=f"optimizer's {name} is .* for a parameter of .2, 3. torch"):
         checkpoints.check_optimizer(optimizer)

@@ -280,7 +280,7 @@ def test_empty_batch_gives_empty_results(kind):
 
 
 @pytest.mark.parametrize("options", [{}, {"init_scale": 1.5}])
-def test_initialisation_is_the_originals_times_init_scale(options, kind):
+def test_initialization_is_the_originals_times_init_scale(options, kind):
     for module in kind(2, 64, 50, num_heads=4, **options).modules():
         if isinstance(module, nn.Linear):
             deviation = module.in_features**-0.5 * options.get("init_scale", 1)

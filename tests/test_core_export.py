@@ -1,4 +1,4 @@
-"""Both classes of the core under export, compilation, tracing, quantisation and on the meta device."""
+"""Both classes of the core under export, compilation, tracing, quantization and on the meta device."""
 
 import io
 
@@ -86,9 +86,9 @@ def test_meta_device_gives_shapes(core):
     outputs.sum().backward()
 
 
-def test_dynamic_quantisation_changes_the_linear_layers_and_stays_near(core):
+def test_dynamic_quantization_changes_the_linear_layers_and_stays_near(core):
     inputs, memory = example(core)
-    quantised = torch.ao.quantization.quantize_dynamic(core, {nn.Linear}, dtype=torch.qint8)
-    assert not isinstance(quantised.mlp[0], nn.Linear)
-    error = (quantised(inputs, memory)[0] - core(inputs, memory)[0]).abs().max()
+    quantized = torch.ao.quantization.quantize_dynamic(core, {nn.Linear}, dtype=torch.qint8)
+    assert not isinstance(quantized.mlp[0], nn.Linear)
+    error = (quantized(inputs, memory)[0] - core(inputs, memory)[0]).abs().max()
     assert 0 < error < 0.3

@@ -1,6 +1,6 @@
 """Both classes of the core against numbers of DeepMind's original module (Sonnet v1, float32).
 
-tests/golden/README.md describes the options, the array names and the maths.
+tests/golden/README.md describes the options, the array names and the math.
 """
 
 import json

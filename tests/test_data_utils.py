@@ -127,7 +127,7 @@ def test_fingerprint_has_its_known_value_and_depends_on_words_and_ids(folder):
     assert corpus.fingerprint() != expected.hexdigest()
 
 
-# ---- tokenising
+# ---- tokenizing
 
 
 def obvious_loop(folder):
@@ -147,7 +147,7 @@ def obvious_loop(folder):
 
 def check_against_obvious_loop(folder):
     words, texts = obvious_loop(folder)
-    corpus = data_utils.tokenise(folder, "all")
+    corpus = data_utils.tokenize(folder, "all")
     assert corpus.vocabulary.words == words
     for split in SPLITS:
         assert words_of(corpus, split) == texts[split]
@@ -259,7 +259,7 @@ def test_names_are_also_looked_up_beside_the_code(tmp_path, monkeypatch):
 
 def test_the_cache_is_used_while_texts_and_options_are_the_same(folder, monkeypatch):
     first, from_train = load_corpus(str(folder)), load_corpus(str(folder), "train")
-    monkeypatch.setattr(data_utils, "tokenise", None)
+    monkeypatch.setattr(data_utils, "tokenize", None)
     again = load_corpus(str(folder))
     assert equal(first, again) and again.train.dtype == torch.uint8
     assert equal(from_train, load_corpus(str(folder), "train"))

@@ -25,7 +25,7 @@ import tasks.nth_farthest
 import train_nth_farthest
 import train_rmc
 import train_rnn
-from tasks import language_modelling
+from tasks import language_modeling
 from tasks.nth_farthest import make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def language_trainer(folder, processes, kind, flags="--dropout 0"):
     parser = script.build_parser()
     args = parser.parse_args([*FLAGS.split(), *sizes.split(), *flags.split(), "--data", str(folder / "text")])
     torch.manual_seed(args.seed)
-    built = language_modelling.script(
+    built = language_modeling.script(
         f"train_{kind}", kind, parser, lambda *given: script.build_model(*given).double(), {}
     )
     trainer = built.build(args, CPU, processes)
@@ -88,7 +88,7 @@ def trained(folder, trainer):
     trainer.train(folder)
     found = {"gradients": {name: p.grad.clone() for name, p in trainer.model.named_parameters()}}
     found["weights"] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    if isinstance(trainer.task, language_modelling.LanguageModelling):
+    if isinstance(trainer.task, language_modeling.LanguageModeling):
         trainer.args.eval_batch_size = 2
         found["test"] = trainer.task.evaluate(trainer, "test", trainer.model)
     return found
@@ -427,7 +427,7 @@ def test_sigterm_to_one_process_saves_and_stops_both(corpus_folder, tmp_path):
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
 
 
-def test_environment_of_torchrun_is_recognised():
+def test_environment_of_torchrun_is_recognized():
     assert distributed.from_environment({}) == ALONE
     assert distributed.from_environment({"MASTER_ADDR": "h", "MASTER_PORT": "1"}) == ALONE
     for one in ({"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "h"}, {"RANK": "0"}):

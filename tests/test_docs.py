@@ -10,7 +10,7 @@ import pytest
 
 from data_utils import load_corpus
 from relational_rnn_models import RelationalMemoryLM
-from tasks import language_modelling
+from tasks import language_modeling
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -46,7 +46,7 @@ def test_example_runs(page, code, tmp_path, monkeypatch, capsys):
         words = load_corpus("tiny").vocabulary
         model = RelationalMemoryLM(len(words), embedding_size=6, head_size=5, num_heads=2)
         (tmp_path / "runs" / "tiny").mkdir(parents=True)
-        contents = language_modelling.describe_model("rmc", model, words)
+        contents = language_modeling.describe_model("rmc", model, words)
         checkpoints.save_checkpoint(tmp_path / "runs" / "tiny" / "best.pt", contents)
     names = {"__name__": "__main__"}
     exec(compile(code, str(page), "exec"), names)

@@ -24,7 +24,7 @@ from conftest import write_corpus
 from same_runs import after_step, assert_same_checkpoint, assert_same_run, numbers
 
 import train_rnn
-from tasks import language_modelling
+from tasks import language_modeling
 
 # 2379 targets in 14 columns of 170 or fewer: 12 windows of 15 in an epoch, the last of 5.
 STEPS = 12
@@ -148,7 +148,7 @@ def test_run_killed_again_and_again_ends_as_if_uninterrupted(corpus, whole, tmp_
     assert_same_run(whole, run)
 
 
-@pytest.mark.parametrize("owner, work", [(language_modelling, "evaluate"), (checkpoints, "save_checkpoint")])
+@pytest.mark.parametrize("owner, work", [(language_modeling, "evaluate"), (checkpoints, "save_checkpoint")])
 def test_signal_during_evaluation_or_saving(owner, work, corpus, whole, tmp_path, monkeypatch):
     original = getattr(owner, work)
 

@@ -19,7 +19,7 @@ from data_utils import Vocabulary
 from generate_rmc import choose, encode_prompt
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
-from tasks import language_modelling
+from tasks import language_modeling
 
 NAMES = pytest.mark.parametrize("name", ["rnn", "rmc-adaptive"])
 
@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
         folders[name] = root / "runs" / name
         folders[name].mkdir(parents=True)
         (folders[name] / "args.json").write_text(json.dumps({"script": f"train_{name[:3]}"}))
-        contents = language_modelling.describe_model(name[:3], model, corpus.vocabulary)
+        contents = language_modeling.describe_model(name[:3], model, corpus.vocabulary)
         checkpoints.save_checkpoint(folders[name] / "best.pt", contents)
         os.utime(folders[name] / "best.pt", (1000 + age, 1000 + age))
     return folders
@@ -109,7 +109,7 @@ def test_rows_are_independent_and_the_input_is_unchanged():
 @NAMES
 def test_each_word_comes_from_the_distribution_given_the_whole_text(trained, name):
     """The 2018 port sampled from an embedding vector when the softmax was adaptive."""
-    model, _ = language_modelling.load_model(checkpoints.load_checkpoint(trained[name] / "best.pt"))
+    model, _ = language_modeling.load_model(checkpoints.load_checkpoint(trained[name] / "best.pt"))
     seen = []
 
     def greedy(log_probabilities):
@@ -166,7 +166,7 @@ def test_unknown_words_of_a_prompt(capsys):
         encode_prompt("the gnu zebu?", Vocabulary(["the", "?"]))
 
 
-def test_prompt_is_tokenised_when_a_word_is_unknown(capsys):
+def test_prompt_is_tokenized_when_a_word_is_unknown(capsys):
     lower = Vocabulary(["tom", "don", "'t", ".", "run", "<unk>", "—"])
     assert encode_prompt("tom don 't run .", lower) == [0, 1, 2, 4, 3]
     assert capsys.readouterr().err == ""
@@ -176,7 +176,7 @@ def test_prompt_is_tokenised_when_a_word_is_unknown(capsys):
     assert encode_prompt("run—tom", lower) == [4, 6, 0]  # a vocabulary without @—@
     capitals = Vocabulary(["Tom", "tom", "run", "."])
     assert encode_prompt("Tom run.", capitals) == [0, 2, 3]
-    raw = Vocabulary(["run.", "the", "<unk>"])  # of a corpus that was not tokenised
+    raw = Vocabulary(["run.", "the", "<unk>"])  # of a corpus that was not tokenized
     assert encode_prompt("run. zebu, the", raw) == [0, 2, 1]
 
 
@@ -213,7 +213,7 @@ def test_dash_prints_the_text_and_writes_no_file(trained, tmp_path, monkeypatch,
 
 
 def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(language_modelling, "load_model", None)
+    monkeypatch.setattr(language_modeling, "load_model", None)
     for outf in (tmp_path, tmp_path / "none" / "text.txt"):
         with pytest.raises(UserError, match="cannot write .*Give a file"):
             generate_rmc.main(["--checkpoint", str(trained["rnn"]), "--outf", str(outf)])

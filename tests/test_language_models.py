@@ -130,7 +130,7 @@ def test_perplexity():
 
 @NAMES
 def test_every_parameter_is_listed_once_saved_and_gets_a_gradient(name):
-    """In the 2018 port neither optimiser nor checkpoint held the adaptive softmax of the LSTM."""
+    """In the 2018 port neither optimizer nor checkpoint held the adaptive softmax of the LSTM."""
     model = build(name)
     listed = {id(parameter) for parameter in model.parameters()}
     values = list(itertools.chain.from_iterable(vars(module).values() for module in model.modules()))

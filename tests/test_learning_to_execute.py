@@ -74,8 +74,8 @@ def test_ten_thousand_answers_are_those_of_python(kind):
             assert {len(number) for number in digits} == {length}
             assert sum(program.count(sign) for sign in ("+", "-", "*", " if ")) >= nesting
         else:
-            backwards = "".join(program[-place] for place in range(1, length + 1))
-            assert answer == {"copy": program, "reverse": backwards, "double": f"{program}{program}"}[kind]
+            backward = "".join(program[-place] for place in range(1, length + 1))
+            assert answer == {"copy": program, "reverse": backward, "double": f"{program}{program}"}[kind]
             assert len(program) == length
         most, most_of_answer = longest(kind, nesting, length)
         assert len(program) <= most and len(answer) < most_of_answer

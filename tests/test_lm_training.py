@@ -17,7 +17,7 @@ from torch import nn
 import train_rmc
 import train_rnn
 from data_utils import Corpus, Vocabulary
-from tasks import language_modelling
+from tasks import language_modeling
 from tasks.language_flags import choose_softmax
 
 V = 29
@@ -44,8 +44,8 @@ def make_trainer(folder, kind, *argv, dtype=torch.float32):
     corpus = Corpus(folder, Vocabulary([f"w{i}" for i in range(V)]), ids(505, 1), ids(101, 2), ids(97, 3))
     model = script.build_model(args, V, choose_softmax(args, V)).to(dtype)
     cpu = torch.device("cpu")
-    task = language_modelling.LanguageModelling(model, corpus, args, kind, cpu)
-    trainer = Trainer(task, args, cpu, ALONE, language_modelling.optimizer_of(model, args))
+    task = language_modeling.LanguageModeling(model, corpus, args, kind, cpu)
+    trainer = Trainer(task, args, cpu, ALONE, language_modeling.optimizer_of(model, args))
     trainer.folder, trainer.log = folder, runs.RunLog(folder / "log.jsonl")
     return trainer
 
@@ -92,7 +92,7 @@ def test_evaluation_scores_every_target_once_whatever_batch_and_window():
     expected = sum(table.nats[text[i].long(), text[i + 1].long()].item() for i in range(100)) / 100
     for batch_size in (1, 2, 3, 7, 50, 100):
         for bptt in (1, 4, 5, 1000):
-            found = language_modelling.evaluate(table, text, batch_size, bptt, "cpu")
+            found = language_modeling.evaluate(table, text, batch_size, bptt, "cpu")
             assert found == pytest.approx(expected, abs=1e-12), (batch_size, bptt)
 
 
@@ -106,10 +106,10 @@ def test_evaluation_with_one_column_reads_the_text_word_by_word(tmp_path, kind):
             nats -= log_probabilities[0, following].item()
     model.train()
     for bptt in (1, 7, 59, 1000):  # dropout is off, and the window changes nothing
-        found = language_modelling.evaluate(model, text, 1, bptt, "cpu")
+        found = language_modeling.evaluate(model, text, 1, bptt, "cpu")
         assert found == pytest.approx(nats / 59, abs=1e-10)
     assert model.training
-    language_modelling.evaluate(model.eval(), text, 1, 7, "cpu")
+    language_modeling.evaluate(model.eval(), text, 1, 7, "cpu")
     assert not model.training
 
 
@@ -412,4 +412,4 @@ def test_processes_on_one_host_share_its_cores(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(devices, "available_cores", lambda: 7)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    assert language_modelling.choose_threads(0, nn.Linear(1000, 1000), 10**6, torch.device("cpu")) == 2
+    assert language_modeling.choose_threads(0, nn.Linear(1000, 1000), 10**6, torch.device("cpu")) == 2

@@ -44,7 +44,7 @@ _The Times_ and (_The Mirror_) wrote of 1914–1918—*all* of it—in St. Paul'
 C'est l'amitié, d'amitié aujourd'hui : qu'est-ce que «L'Odyssée»? — Oui, «Le Monde» l'a dit à 12h30.
 Er sagte: »Ja, um 12.30 Uhr am 3. Mai.« Das kostet 3.000,50 € – oder? Z.B. die Nord-Süd-Straße, d. h. "fast".
 —Hola —dijo Juan—. ¿Vienes a las 4:30? ¡No!—gritó ella—. «El Quijote» costó 1,5 euros.
-L'ora dell'arte: un po' d'acqua, all'alba, «Così è (se vi pare)»; perché no? Un'altra volta, l'1,5 per cento.
+L'ora dell'arte: un po' d'acqua, all'alba, «Così è (se vi pare)»; perché no? Un'altra volta, l'1,5 percento.
 
 AT&T, 5 € and €5, word(s) and (s)he; a@b.c #1 * * *
 """

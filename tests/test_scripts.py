@@ -19,7 +19,7 @@ from same_runs import after_step, assert_same_checkpoint, assert_same_run, numbe
 
 import train_rmc
 import train_rnn
-from tasks import language_modelling
+from tasks import language_modeling
 from tasks.language_flags import choose_softmax
 
 SIZES = {
@@ -103,7 +103,7 @@ EVERYTHING = (
     ],
 )
 def test_resume_equals_uninterrupted(script, more, corpus_folder, tmp_path, monkeypatch):
-    """Bit for bit, with all regularisation: weights, optimiser, average, rates, logged numbers."""
+    """Bit for bit, with all regularization: weights, optimizer, average, rates, logged numbers."""
     argv = f"--epochs 2 {EVERYTHING} {more}".split()
     _, whole = run(script, corpus_folder, tmp_path / "whole", *argv)
     after_step(monkeypatch, 17)  # in the second epoch, between two log entries
@@ -151,8 +151,8 @@ def test_ctrl_c_saves_tests_the_best_model_and_shows_how_to_resume(
 def test_reported_speeds_norms_and_losses_are_those_of_their_steps(corpus_folder, tmp_path, monkeypatch):
     """On a clock that only these stand-ins advance; after step 17 the run is stopped and resumed."""
     now, nats, norms = [100.0], [], []
-    losses, clip = language_modelling.LanguageModelling.losses, torch.nn.utils.clip_grad_norm_
-    evaluate = language_modelling.evaluate
+    losses, clip = language_modeling.LanguageModeling.losses, torch.nn.utils.clip_grad_norm_
+    evaluate = language_modeling.evaluate
 
     def slow_losses(task, *arguments):
         found = losses(task, *arguments)
@@ -170,9 +170,9 @@ def test_reported_speeds_norms_and_losses_are_those_of_their_steps(corpus_folder
         return evaluate(*arguments)
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(language_modelling.LanguageModelling, "losses", slow_losses)
+    monkeypatch.setattr(language_modeling.LanguageModeling, "losses", slow_losses)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", slow_clip)
-    monkeypatch.setattr(language_modelling, "evaluate", slow_evaluate)
+    monkeypatch.setattr(language_modeling, "evaluate", slow_evaluate)
     after_step(monkeypatch, 17)
     _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "2")
     now[0] += 5000  # between the two sessions, and the interrupted run's test of its best model
@@ -375,13 +375,13 @@ def test_flags_reach_the_training_loop(corpus_folder, tmp_path):
     line = "--batch-size 14 --bptt 200 --epochs 1 --eval-batch-size 4"
     parser = train_rnn.build_parser()
     args = parser.parse_args([*SIZES[train_rnn].split(), *line.split(), "--data", str(corpus_folder)])
-    script = language_modelling.script("train_rnn", "rnn", parser, train_rnn.build_model, {})
+    script = language_modeling.script("train_rnn", "rnn", parser, train_rnn.build_model, {})
     trainer = script.build(args, torch.device("cpu"), ALONE)
     trainer.train(tmp_path)
     trainer.model.train()
     loss = runs.read_log(tmp_path / "log.jsonl")[-1]["loss"]
     for columns, equal in ((4, True), (5, False)):
-        again = language_modelling.evaluate(trainer.model, trainer.task.corpus.valid, columns, 9, "cpu")
+        again = language_modeling.evaluate(trainer.model, trainer.task.corpus.valid, columns, 9, "cpu")
         assert (abs(loss - again) < 1e-6) == equal and trainer.model.training
 
 

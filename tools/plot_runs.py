@@ -3,7 +3,7 @@
 Language models: validation perplexity, of the averaged weights once they are better. Other tasks: test
 accuracy. Nth farthest has lines for chance (1/K), for the plateau (2/K: a model that only knows that the
 nearest vector is the reference itself) and, at the paper's size, for the paper's RMC (91 %). Runs that differ
-only in their seed have the same colour.
+only in their seed have the same color.
 
 Paths are run folders, folders with runs, study files (STUDY.jsonl, made by tools/pack_runs.py), or STUDY/NAME
 for one run of a study file.
@@ -114,11 +114,11 @@ def draw(
         first.set(ylim=(0, 102), ylabel="accuracy (%)")
         for axis in panels:
             for value, text in reference_lines(found):
-                axis.axhline(value, color="grey", linestyle=":", linewidth=1)
+                axis.axhline(value, color="gray", linestyle=":", linewidth=1)
                 above = value > 90  # where no curve is likely to be
                 axis.annotate(
                     text, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 1 if above else -3),
-                    textcoords="offset points", color="dimgrey", ha="right", fontsize=8,
+                    textcoords="offset points", color="dimgray", ha="right", fontsize=8,
                     va="bottom" if above else "top",
                 )  # fmt: skip
     else:
@@ -130,9 +130,9 @@ def draw(
         first.yaxis.set_minor_locator(NullLocator())
         first.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     if training:
-        lines += first.plot([], [], color="grey", linewidth=1, linestyle="--")
+        lines += first.plot([], [], color="gray", linewidth=1, linestyle="--")
         labels = [*labels, "training"]
-    # Set afterwards, and without mathematics: matplotlib leaves out a label that starts with an underscore.
+    # Set afterward, and without mathematics: matplotlib leaves out a label that starts with an underscore.
     legend = first.legend(lines, ["label"] * len(lines), fontsize=9, frameon=False)
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set(text=label, parse_math=False)

@@ -115,7 +115,7 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless the tensors of an optimiser's state have their parameter's shape and type.
+    """Raise ValueError unless the tensors of an optimizer's state have their parameter's shape and type.
 
     torch's fused kernels do not check this and would write beyond the end of a smaller tensor.
     """
@@ -123,6 +123,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if name != "step" and (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
                 raise ValueError(
-                    f"the optimiser's {name} is {tuple(value.shape)} {value.dtype}, for a parameter of "
+                    f"the optimizer's {name} is {tuple(value.shape)} {value.dtype}, for a parameter of "
                     f"{tuple(parameter.shape)} {parameter.dtype}"
                 )

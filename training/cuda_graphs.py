@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 DEVICE_TYPE = "cuda"  # where functions can be captured
-# Eager calls before the capture. In them, libraries initialise and the optimiser creates its state.
+# Eager calls before the capture. In them, libraries initialize and the optimizer creates its state.
 WARMUP_CALLS = 3
 
 
@@ -24,7 +24,7 @@ class CapturedStep:
     """A function of tensors. On a GPU it is captured once and then replayed; elsewhere it is called directly.
 
     Every call does the function's work exactly once, the eager calls before the capture included, so that
-    weights, optimiser and random generators end up the same with and without graphs.
+    weights, optimizer and random generators end up the same with and without graphs.
 
     A function that is to be captured must:
         * use the same shapes and the same operations in every call, and never wait for the device;

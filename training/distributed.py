@@ -121,7 +121,7 @@ class Processes:
 
     @contextlib.contextmanager
     def one_per_host_first(self) -> Iterator[None]:
-        """Run the block in one process per host, and afterwards in the others, which find its files."""
+        """Run the block in one process per host, and afterward in the others, which find its files."""
         if self.local_rank != 0:
             self.all_max(0)
         yield

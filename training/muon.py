@@ -1,4 +1,4 @@
-"""Muon for weight matrices, with Adam for everything else, behind the interface of one optimiser."""
+"""Muon for weight matrices, with Adam for everything else, behind the interface of one optimizer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MuonWithAdam:
         self.adam.zero_grad(set_to_none)
 
     def step(self) -> None:
-        """Take one step with both optimisers."""
+        """Take one step with both optimizers."""
         for group in self.muon.param_groups:
             group["lr"] = FACTOR * float(self.adam.param_groups[0]["lr"])
         self.muon.step()

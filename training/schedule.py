@@ -15,7 +15,7 @@ LR_FACTOR = 0.5
 
 
 class LearningRate:
-    """Sets an optimiser's learning rate before every step.
+    """Sets an optimizer's learning rate before every step.
 
     Args:
         lr: the highest learning rate.
@@ -62,7 +62,7 @@ class LearningRate:
         return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def set(self, step: int) -> None:
-        """Set the optimiser's learning rate for a step."""
+        """Set the optimizer's learning rate for a step."""
         self.current = self.rate_at(step)
         lr = self.current if self.tensor is None else self.tensor.fill_(self.current)
         for group in self.optimizer.param_groups:
@@ -86,7 +86,7 @@ class LearningRate:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Restore what `state_dict` returned, after `step` steps and after the optimiser was restored."""
+        """Restore what `state_dict` returned, after `step` steps and after the optimizer was restored."""
         self.plateau_factor, self.best_loss = float(state["plateau_factor"]), float(state["best_loss"])
         self.bad_epochs, self.cosine_start = int(state["bad_epochs"]), int(state["cosine_start"])
         if self.schedule == "cosine" and state["total_steps"] != self.total_steps:

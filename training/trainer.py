@@ -1,7 +1,7 @@
 """The training engine behind all training scripts.
 
 A `Task` supplies the model, its batches, the loss of a step, evaluation, and what a checkpoint records of the
-model. Everything else exists once, here: the loop, the optimiser's step, learning rates, CUDA graphs, several
+model. Everything else exists once, here: the loop, the optimizer's step, learning rates, CUDA graphs, several
 GPUs and processes, the log, checkpoints, resuming, signals, and the main program of a script.
 """
 
@@ -34,7 +34,7 @@ class Position:
 
     best_score: float = -math.inf  # of best.pt, in the task's units
     best_step: int = 0  # 0: no best.pt yet
-    step: int = 0  # optimiser steps since the start of the run
+    step: int = 0  # optimizer steps since the start of the run
     interval_steps: int = 0  # steps since the last report
     interval_count: int = 0  # targets in these steps
     seconds: float = 0.0  # of work, without interruptions
@@ -91,7 +91,7 @@ class Task:
     def losses(
         self, model: nn.Module, state: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the summed loss to minimise, (), the sums, (len(self.sums),), and the state afterwards."""
+        """Return the summed loss to minimize, (), the sums, (len(self.sums),), and the state afterward."""
         raise NotImplementedError
 
     def report(self, trainer: Trainer, totals: dict[str, float], elapsed: float) -> tuple[dict, str, str]:
@@ -171,7 +171,7 @@ class Trainer:
         processes: the processes that divide the batch; a process's share is cut into `args.accumulate`
             pieces. Each loss is divided by the number of targets of the whole batch, so that the gradients
             of all processes and pieces add up to that of the mean.
-        optimizer: makes the optimiser from the keyword arguments lr, fused and capturable.
+        optimizer: makes the optimizer from the keyword arguments lr, fused and capturable.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Trainer:
     # ---- one step
 
     def step(self) -> None:
-        """Take one optimiser step on the next batch."""
+        """Take one optimizer step on the next batch."""
         inputs, self.count = self.task.next_batch()
         self.lr.set(self.position.step + 1)
         first, *last = self.captured_parts if self.count == self.task.full_count else self.parts
@@ -261,7 +261,7 @@ class Trainer:
             self.sums[:-1] += sums.detach()
 
     def update(self) -> None:
-        """Clip the gradient and take the optimiser's step."""
+        """Clip the gradient and take the optimizer's step."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
         self.optimizer.step()
         self.sums[-1] += norm

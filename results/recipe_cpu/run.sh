@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The short CPU runs of runs.jsonl, one after the other: WikiText-2 with small models; the bundled corpus with one kind
-# of regularisation at a time. The runs *-recipe, *-ar-tar, *-windows, *-embedding-lr-* and *-all used flags that are no
+# of regularization at a time. The runs *-recipe, *-ar-tar, *-windows, *-embedding-lr-* and *-all used flags that are no
 # longer here; `git show 799a55e:results/recipe_cpu/run.sh` has their commands.
 #
 # Settings: OUT (runs/recipe_cpu), MINUTES and PYTHON, see results/train.sh.

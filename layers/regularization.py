@@ -1,4 +1,4 @@
-"""Regularisation of the language models: dropout variants and averaged weights.
+"""Regularization of the language models: dropout variants and averaged weights.
 
 The sources:
     locked dropout      one mask for all time steps of a window: Gal & Ghahramani 2016, arXiv:1512.05287

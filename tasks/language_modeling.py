@@ -1,4 +1,4 @@
-"""Word-level language modelling: the task of train_rmc.py and train_rnn.py, and its evaluation.
+"""Word-level language modeling: the task of train_rmc.py and train_rnn.py, and its evaluation.
 
 Everything here is the same for both scripts, so that their numbers can be compared. Losses are in nats per
 token (natural logarithm), averaged over tokens; perplexity is e to that power.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
 from layers.language_model import LanguageModel, perplexity
-from layers.regularisation import WeightAverage
+from layers.regularization import WeightAverage
 from relational_rnn_models import RelationalMemoryLM
 from rnn_models import RNNLM
 from tasks.language_flags import choose_softmax
@@ -54,7 +54,7 @@ def evaluate(
     """Return the mean loss of a split in nats per token, with each of its N - 1 targets scored once.
 
     Args:
-        model: in eval mode during the call, in its previous mode afterwards.
+        model: in eval mode during the call, in its previous mode afterward.
         ids: the split, (N,).
         batch_size: columns that the split is divided into. Each starts from the initial state and carries its
             state to its last token: fewer columns lose less context, 1 scores the split as one stream.
@@ -135,7 +135,7 @@ class Reading:
     epoch_nats: float = 0.0  # summed losses of this epoch, up to the last report
 
 
-class LanguageModelling(Task):
+class LanguageModeling(Task):
     """Training of a language model on windows of a text, epoch by epoch.
 
     Args:
@@ -383,7 +383,7 @@ def script(
             raise UserError(str(error)) from None
         tokens = args.batch_size * args.bptt // processes.world_size
         args.threads = choose_threads(args.threads, model, tokens, device)
-        task = LanguageModelling(model, corpus, args, kind, device, processes)
+        task = LanguageModeling(model, corpus, args, kind, device, processes)
         return Trainer(task, args, device, processes, optimizer_of(model, args))
 
     return Script(name, parser, build, score, recipes, frozenset({"epochs", "data"}))
@@ -396,7 +396,7 @@ def choose_threads(requested: int, model: LanguageModel, tokens: int, device: to
 
 
 def optimizer_of(model: LanguageModel, args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]:
-    """Return the optimiser's constructor."""
+    """Return the optimizer's constructor."""
     parameters = list(model.parameters())
     if not args.weight_decay:
         return functools.partial(torch.optim.Adam, parameters)

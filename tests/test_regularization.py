@@ -1,4 +1,4 @@
-"""Regularisation: one mask per window, kept expectations, unchanged evaluation, equal paths, the average."""
+"""Regularization: one mask per window, kept expectations, unchanged evaluation, equal paths, the average."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 import relational_rnn_models
 import rnn_models
-from layers import regularisation
+from layers import regularization
 
 E = 6  # of the models
 ALL = {"locked_dropout": True, "dropout_words": 0.3, "dropout_weights": 0.5, "dropout_input": 0.4}
@@ -28,13 +28,13 @@ def seed():
 @pytest.fixture
 def masks(monkeypatch):
     """Every mask that is drawn, in order."""
-    drawn, original = [], regularisation.dropout_mask
+    drawn, original = [], regularization.dropout_mask
 
     def noted(*arguments):
         drawn.append(original(*arguments))
         return drawn[-1]
 
-    for module in (regularisation, relational_rnn_models, rnn_models):
+    for module in (regularization, relational_rnn_models, rnn_models):
         monkeypatch.setattr(module, "dropout_mask", noted)
     return drawn
 
@@ -44,7 +44,7 @@ def masks(monkeypatch):
 
 def test_mask_drops_with_its_probability_and_keeps_the_expectation():
     torch.manual_seed(1)
-    mask = regularisation.dropout_mask(torch.zeros(1, dtype=torch.float64), (200, 300), 0.3)
+    mask = regularization.dropout_mask(torch.zeros(1, dtype=torch.float64), (200, 300), 0.3)
     assert mask.dtype == torch.float64
     assert set(mask.unique().tolist()) == {0, 1 / 0.7}
     # 60,000 draws: the standard deviation of the share dropped is 0.0019.
@@ -56,9 +56,9 @@ def test_bfloat16_keeps_the_expectation_and_the_type():
     torch.manual_seed(1)
     x = torch.full((T, B, 4000), 3.0, dtype=torch.bfloat16)
     for dropped in (
-        regularisation.dropout(x, 0.4, True, locked=True),
-        regularisation.drop_words(x, torch.randint(V, (T, B)), V, 0.4, True),
-        regularisation.drop_weights({"w": x.flatten(0, 1)}, 0.4)["w"],
+        regularization.dropout(x, 0.4, True, locked=True),
+        regularization.drop_words(x, torch.randint(V, (T, B)), V, 0.4, True),
+        regularization.drop_weights({"w": x.flatten(0, 1)}, 0.4)["w"],
     ):
         assert dropped.dtype == torch.bfloat16 and dropped.unique().tolist() == [0, 5]
 
@@ -67,7 +67,7 @@ def test_word_dropout_equals_a_masked_matrix(masks):
     embedding = nn.Embedding(V, E).double()
     torch.manual_seed(1)
     words = torch.randint(4, (40, B))  # few words, so each occurs often
-    dropped = regularisation.drop_words(embedding(words), words, V, 0.5, True)
+    dropped = regularization.drop_words(embedding(words), words, V, 0.5, True)
     expected = (embedding.weight * masks[0])[words]
     assert masks[0].shape == (V, 1) and 0 < (masks[0][:4] == 0).sum() < 4
     torch.testing.assert_close(dropped, expected, rtol=0, atol=0)
@@ -193,7 +193,7 @@ def test_fused_layers_equal_a_loop_of_cells(model, layers, options, masks):
 
 def test_average_equals_a_loop_over_the_weights():
     model = nn.Linear(3, 2).double()
-    average = regularisation.WeightAverage(model, 0.75)
+    average = regularization.WeightAverage(model, 0.75)
     torch.manual_seed(1)
     expected = None
     for step in range(1, 12):
@@ -214,6 +214,6 @@ def test_averaged_copy_is_tied_in_eval_mode_and_flattened(monkeypatch):
     monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda layer: flattened.append(layer))  # for cuDNN
     model = build("lstm-tied")
     flattened.clear()
-    copy = regularisation.WeightAverage(model, 0.5).model
+    copy = regularization.WeightAverage(model, 0.5).model
     assert flattened == [copy.rnn] and not copy.training
     assert copy.output_layer.weight is copy.embedding.weight is not model.embedding.weight
