@@ -43,11 +43,16 @@ def one_per_seed(members: Sequence[Run]) -> list[Run]:
 # ---- one run in numbers
 
 
+def percent(run: Run, field: str) -> float | None:
+    """Return a share from the final event in percent; None if not tested."""
+    return 100 * run.find("final", field)[-1] if run.find("final", field) else None
+
+
 def score(run: Run) -> float | None:
     """Return the test perplexity of a language model, or the accuracy in percent; None if not tested."""
     if run.kind == "language model":
         return run.find("test", "ppl")[-1] if run.find("test", "ppl") else None
-    return 100 * run.find("final", "accuracy")[-1] if run.find("final", "accuracy") else None
+    return percent(run, "accuracy")
 
 
 def valid(run: Run) -> float:
@@ -148,6 +153,11 @@ COLUMNS = {
     "language model": LANGUAGE_COLUMNS,
     "nth_farthest": ACCURACY_COLUMNS
     | {"steps to leave the plateau": lambda members: " / ".join(steps_to(run) for run in members)},
+    "learning_to_execute": ACCURACY_COLUMNS
+    | {
+        "whole answers %": lambda members: mean([percent(run, "answers") for run in members], 1),
+        "constant answer %": lambda members: mean([percent(members[0], "chance")], 1),
+    },
 }
 
 

@@ -68,8 +68,8 @@ def points(run: Run, against: str, training: bool = False) -> tuple[list[float],
 
 
 def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
-    """Return accuracies of Nth farthest to compare with, in percent, and their names."""
-    lines = {}
+    """Return accuracies to compare with, in percent, and their names."""
+    lines = {100 * run.record["chance"]: "constant answer" for run in found if "chance" in run.record}
     for K in sorted({run.arguments["num_vectors"] for run in found if run.kind == "nth_farthest"}):
         lines[100 / K] = "chance"
         # For n = K - 1 the answer is m itself. In the other cases one of K - 1 labels is guessed.
