@@ -18,7 +18,7 @@ PAGES = [
     *sorted((ROOT / "results").glob("**/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-SCRIPTS = ("train_rmc", "train_rnn", "train_nth_farthest", "generate_rmc")
+SCRIPTS = ("train_rmc", "train_rnn", "train_nth_farthest", "train_learning_to_execute", "generate_rmc")
 
 
 def examples():

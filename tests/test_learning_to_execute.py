@@ -2,58 +2,44 @@
 
 import argparse
 import itertools
-import json
 import random
 import re
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 from training import checkpoints, runs
 from training.console import UserError
 
+import compare_runs
 import numpy as np
+import plot_runs
 import pytest
+import run_files
 import torch
 import torch.nn.functional as F
 from same_runs import after_step, assert_same_run
 
 import train_learning_to_execute as script
-from tasks.learning_to_execute import (
-    CHARACTERS,
-    DIFFICULTIES,
-    OPERATIONS,
-    PROGRAM_KINDS,
-    SYMBOLS,
-    ExecuteModel,
-    LearningToExecute,
-    constant_accuracy,
-    encode,
-    longest,
-    loss_and_counts,
-    write_program,
-    write_programs,
-)
+from tasks import learning_to_execute as task
+from tasks.learning_to_execute import CHARACTERS, OPERATIONS, PROGRAM_KINDS, SYMBOLS, ExecuteModel, encode
 
-CPU = torch.device("cpu")
 MODELS = pytest.mark.parametrize("kind", ["rmc", "lstm"])
+SIZES = {"hidden_size": 6, "head_layers": 2, "head_units": 7}
 CORE = {"mem_slots": 3, "head_size": 5, "num_heads": 2, "gate_style": "memory"}
 # A run of a second; all sizes differ.
 TINY = "--program-kind reverse --length 3 --memslots 4 --numheads 2 --headsize 5 --nhid 6 --outputlayers 1 "
 TINY += "--outputunits 7 --batch-size 11 --test-examples 13 --lr 0.01 --threads 1 --log-interval 5"
 
 
-def model_of(kind, **changes):
+def model_of(kind):
     torch.manual_seed(2)
-    return ExecuteModel(
-        kind, **{"hidden_size": 6, "head_layers": 2, "head_units": 7, **CORE, **changes}
-    ).double()
+    return ExecuteModel(kind, **SIZES, **CORE).double()
 
 
 def train(folder, *flags, name="run"):
     """Run the script in this process; return its exit status and run folder."""
     status = script.main([*TINY.split(), "--runs-folder", str(folder), "--name", name, *map(str, flags)])
-    return status, Path(folder) / name
+    return status, folder / name
 
 
 # ---- programs
@@ -64,33 +50,30 @@ def test_ten_thousand_answers_are_those_of_python(kind):
     draw = random.Random(5)
     for _ in range(10_000):
         nesting, length = draw.randint(1, 4), draw.randint(1, 6)
-        program, answer = write_program(kind, nesting, length, draw)
+        program, answer = task.write_program(kind, nesting, length, draw)
         if kind in OPERATIONS:
             *lines, last = program.split("\n")
             names = {}
             exec("\n".join(lines), names)
             assert answer == str(eval(last, names) % 10 ** (length + 1)), program
-            digits = re.findall(r"\d+", re.sub(r"range\(\d+\)|\*\d+", "", program))
-            assert {len(number) for number in digits} == {length}
-            assert sum(program.count(sign) for sign in ("+", "-", "*", " if ")) >= nesting
         else:
             backward = "".join(program[-place] for place in range(1, length + 1))
             assert answer == {"copy": program, "reverse": backward, "double": f"{program}{program}"}[kind]
             assert len(program) == length
-        most, most_of_answer = longest(kind, nesting, length)
+        most, most_of_answer = task.longest(kind, nesting, length)
         assert len(program) <= most and len(answer) < most_of_answer
 
 
 def test_kinds_and_difficulties():
     draw, seen = random.Random(6), {}
     for kind in OPERATIONS:
-        programs = "".join(write_program(kind, 2, 2, draw)[0] for _ in range(500))
+        programs = "".join(task.write_program(kind, 2, 2, draw)[0] for _ in range(500))
         seen[kind] = {sign for sign in ("+", "-", "*", "<", ">", "for", "=") if sign in programs}
-    everything = {"+", "-", "*", "<", ">", "for", "="}
-    assert seen == {"addition": {"+"}, "control": everything - {"-", "*"}, "program": everything}
+    assert seen["addition"] == {"+"} and seen["control"] == {"+", "<", ">", "for", "="}
+    assert len(seen["program"]) == 7
     args = argparse.Namespace(program_kind="addition", nesting=3, length=5)
-    for difficulty, mixed in DIFFICULTIES.items():
-        programs = [program for program, _ in write_programs(args, 6000, draw, difficulty)]
+    for difficulty, mixed in task.DIFFICULTIES.items():
+        programs = [program for program, _ in task.write_programs(args, 6000, draw, difficulty)]
         found = Counter((program.count("+"), len(program.split("+")[0].strip("("))) for program in programs)
         for nesting, length in itertools.product(range(1, 4), range(1, 6)):
             share = mixed / 15 + (1 - mixed) * ((nesting, length) == (3, 5))
@@ -99,20 +82,17 @@ def test_kinds_and_difficulties():
 
 def test_encode_writes_the_answer_after_the_program():
     codes, steps, targets = encode([("12+9", "21"), ("7", "3")])
-    assert codes.shape == (2, 4 + 3)
-    none = len(CHARACTERS)
-    for row, program in zip(codes.tolist(), ("12+9", "7"), strict=True):
-        assert row == [CHARACTERS.index(c) for c in program] + [none] * (7 - len(program))
+    plus, none, end = CHARACTERS.index("+"), len(CHARACTERS), SYMBOLS.index(".")
+    assert codes.tolist() == [[1, 2, plus, 9, none, none, none], [7] + 6 * [none]]
     assert steps.tolist() == [[4, 5, 6], [1, 2, 3]]
-    end = SYMBOLS.index(".")
     assert targets.tolist() == [[2, 1, end], [3, end, -100]]
     other = encode([("12+9", "34"), ("7", "5")])
     assert torch.equal(other[0], codes) and torch.equal(other[1], steps)  # the answer is not shown
 
 
 def test_constant_accuracy():
-    # The best first character is 1 (two of three), the best second one is 5 (one of two), the third is 9.
-    assert constant_accuracy([("", "1"), ("", "15"), ("", "269")]) == pytest.approx(4 / 6)
+    answers = [("", "1"), ("", "15"), ("", "269")]  # the best one has 1, then 5 or 6, then 9
+    assert task.constant_accuracy(answers) == pytest.approx(4 / 6)
 
 
 # ---- the model
@@ -149,41 +129,35 @@ def test_padding_and_other_programs_change_nothing(kind):
     alone = model(codes, steps)
     for batch in (encode([example], (9, 8)), encode([example, other]), encode([example, other], (50, 6))):
         torch.testing.assert_close(model(*batch[:2])[:1, :3], alone)
-        padded = loss_and_counts(model(*batch[:2])[:1], batch[2][:1])
-        torch.testing.assert_close(padded, loss_and_counts(alone, targets))
+        padded = task.loss_and_counts(model(*batch[:2])[:1], batch[2][:1])
+        torch.testing.assert_close(padded, task.loss_and_counts(alone, targets))
     assert not torch.equal(model(*encode([("53+7", "59")])[:2]), alone)
 
 
-def test_lstm_has_at_least_as_many_parameters():
-    for recipe in ({}, *script.RECIPES.values()):
-        args, sizes = argparse.Namespace(**script.build_parser().defaults() | recipe), []
-        for args.model in ("rmc", "lstm"):
-            with torch.device("meta"):
-                sizes.append(sum(weight.numel() for weight in script.build_model(args).parameters()))
-        assert sizes[0] <= sizes[1]
-
-
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_and_the_lstm_has_at_least_as_many_parameters():
     args = script.build_parser().parse_args([])
     assert (args.lr, args.batch_size, args.steps, args.nesting, args.length) == (1e-3, 128, 200_000, 2, 5)
     model = script.build_model(args)
     assert model.core.state_size == (4, 512) and model.core.gate_style == "memory"
     assert [layer.out_features for layer in model.head[::2]] == [256, 256, 256, 256, len(SYMBOLS)]
+    for recipe in ({}, *script.RECIPES.values()):
+        args, sizes = argparse.Namespace(**script.build_parser().defaults() | recipe), []
+        for args.model in ("rmc", "lstm"):
+            sizes.append(sum(weight.numel() for weight in script.build_model(args).parameters()))
+        assert sizes[0] <= sizes[1]
 
 
 def test_loss_and_counts():
-    draw = np.random.default_rng(3)
-    logits = draw.normal(size=(3, 4, len(SYMBOLS)))
-    answers = [[4, 7, 10], [2, 10], [1, 1, 1, 10]]
+    logits = np.random.default_rng(3).normal(size=(3, 4, len(SYMBOLS)))
+    answers, targets = [[4, 7, 10], [2, 10], [1, 1, 1, 10]], np.full((3, 4), -100)
     logits[1, 0, 2] = logits[1, 1, 10] = logits[0, 1, 7] = logits[2, 3, 10] = 9  # what is right
-    targets = np.full((3, 4), -100)
     expected, right = 0.0, 0
     for row, answer in enumerate(answers):
         targets[row, : len(answer)] = answer
         rows = np.exp(logits[row, : len(answer)])
         expected -= np.log(rows[range(len(answer)), answer] / rows.sum(axis=1)).mean()
         right += (rows.argmax(axis=1) == answer)[:-1].sum()
-    loss, counts = loss_and_counts(torch.tensor(logits), torch.tensor(targets))
+    loss, counts = task.loss_and_counts(torch.tensor(logits), torch.tensor(targets))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert counts.tolist() == [6, right, 1] and 2 <= right < 6
 
@@ -199,7 +173,7 @@ def test_training_is_adam_on_fresh_programs(tmp_path):
     optimizer, draw = torch.optim.Adam(model.parameters(), lr=0.01), random.Random(5)
     args = argparse.Namespace(program_kind="reverse", nesting=2, length=3)
     for _ in range(7):
-        codes, steps, targets = encode(write_programs(args, 11, draw, "mix"))
+        codes, steps, targets = encode(task.write_programs(args, 11, draw, "mix"))
         loss = 0
         for logits, target in zip(model(codes, steps), targets, strict=True):
             loss = loss + F.cross_entropy(logits, target, ignore_index=-100) / 11
@@ -207,10 +181,9 @@ def test_training_is_adam_on_fresh_programs(tmp_path):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-    for name, weight in checkpoints.load_checkpoint(folder / "last.pt")["model"].items():
-        torch.testing.assert_close(
-            weight, model.state_dict()[name], rtol=1e-4, atol=1e-3
-        )  # keys' biases move by noise
+    trained = checkpoints.load_checkpoint(folder / "last.pt")["model"]
+    for name, weight in model.state_dict().items():  # biases of keys have no gradient and move by noise
+        torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-3)
 
 
 @MODELS
@@ -224,15 +197,14 @@ def test_resume_equals_uninterrupted(kind, tmp_path, monkeypatch):
 
 
 def test_processes_divide_one_batch_and_all_runs_measure_the_same_examples():
-    args, tasks = script.build_parser().parse_args([*TINY.split(), "--program-kind", "copy"]), []
-    for part in (slice(0, 6), slice(6, 11), slice(0, 11)):
-        tasks.append(LearningToExecute(None, args, CPU, SimpleNamespace(share=lambda count, part=part: part)))
-    read = [["".join(map(str, row)) for row in task.next_batch()[0][2].tolist()] for task in tasks]
-    first, second, whole = ([row.replace("-100", "") for row in rows] for rows in read)
-    assert first + second == whole
+    args, cpu = script.build_parser().parse_args(TINY.split()), torch.device("cpu")
+    whole = task.write_programs(args, 11, random.Random(args.seed), "mix")
+    for part in (slice(0, 6), slice(6, 11)):
+        processes = SimpleNamespace(share=lambda count, part=part: part)
+        trained = task.LearningToExecute(None, args, cpu, processes)
+        assert all(map(torch.equal, trained.next_batch()[0], encode(whole[part])))
     args.seed = 9
-    other = LearningToExecute(None, args, CPU)
-    assert all(map(torch.equal, other.test_set, tasks[0].test_set))
+    assert all(map(torch.equal, task.LearningToExecute(None, args, cpu).test_set, trained.test_set))
 
 
 def test_both_models_learn_in_seconds(tmp_path):
@@ -259,7 +231,7 @@ def test_both_models_learn_in_seconds(tmp_path):
         assert final["accuracy"] > 0.9 and final["chance"] < 0.3
 
 
-def test_show_and_evaluate(tmp_path, capsys):
+def test_show_evaluate_and_tools(tmp_path, capsys):
     assert script.main(["--program-kind", "double", "--length", "4", "--show", "2"]) == 0
     shown = re.findall(r"^(\d+)\n    answer: (\d+)\n", capsys.readouterr().out, re.MULTILINE)
     assert len(shown) == 2 and all(answer == 2 * program for program, answer in shown)
@@ -270,7 +242,14 @@ def test_show_and_evaluate(tmp_path, capsys):
     assert len(re.findall(r"^(\d{3})\n    answer: \d{3}   model: \d*$", output, re.MULTILINE)) == 3
     final = runs.read_log(folder / "log.jsonl")[-1]
     assert f"{final['accuracy']:.2%} of characters right" in output
-    assert json.loads((folder / "args.json").read_text())["chance"] < 0.3
+    compare_runs.main([str(folder)])
+    cells = capsys.readouterr().out.splitlines()[-2].split(" | ")
+    expected = [f"{100 * final[name]:.1f}" for name in ("accuracy", "chance", "answers")]
+    assert cells[3:7] == ["reverse, length 3, nesting 2", *expected]
+    (line,) = plot_runs.reference_lines(run_files.read_runs([folder]))
+    assert 10 < line[0] < 30 and line[1] == "constant answer"
     (folder / "best.pt").unlink()
     with pytest.raises(UserError, match="no best.pt yet"):
         script.main(["--evaluate", str(folder)])
+    with pytest.raises(UserError, match="--nesting: must be a whole number from 1 to 9, got 10"):
+        script.main(["--nesting", "10"])

@@ -47,6 +47,7 @@ def run(script, tmp_path, *words, unfinished="nothing"):
         ("nth_farthest/run_gpu.sh", 4),
         ("nth_farthest/sweep.sh", 76),
         ("nth_farthest/curriculum.sh", 8),
+        ("learning_to_execute/run.sh", 12),
         ("recipe_cpu/run.sh", 16),
         ("wikitext2_pair/run.sh", 52),
     ],

@@ -119,12 +119,17 @@ def _number(kind: type, low: float, high: float, rule: str, low_open: bool = Fal
     return parse
 
 
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return the type of a flag that takes a whole number from low to high."""
+    return _number(int, low, high, f"a whole number from {low} to {high}")
+
+
 _HUGE = 2**31 - 1  # torch's sizes stay in range below it
-positive_int = _number(int, 1, _HUGE, "a whole number from 1 to 2147483647")
-layer_count = _number(int, 1, 1000, "a whole number from 1 to 1000")  # each is built in a Python loop
-non_negative_int = _number(int, 0, _HUGE, "a whole number from 0 to 2147483647")
-thread_count = _number(int, 0, 1024, "a whole number from 0 to 1024")  # more could end the process
-seed_int = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
+positive_int = whole_number(1, _HUGE)
+layer_count = whole_number(1, 1000)  # each is built in a Python loop
+non_negative_int = whole_number(0, _HUGE)
+thread_count = whole_number(0, 1024)  # more could end the process
+seed_int = whole_number(0, 2**32 - 1)
 finite_float = _number(float, -1e30, 1e30, "a finite number")
 positive_float = _number(float, 0, 1e30, "a finite number above 0", low_open=True)
 non_negative_float = _number(float, 0, 1e30, "a finite number, 0 or more")

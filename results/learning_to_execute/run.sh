@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The runs of runs.jsonl, one after the other; finished runs are skipped and unfinished ones resumed.
+#
+#   results/learning_to_execute/run.sh                    the six kinds, RMC and LSTM, seed 1; a table at the end
+#   SEEDS="1 2 3" results/learning_to_execute/run.sh copy reverse
+#   DEVICE=--cuda results/learning_to_execute/run.sh paper    the paper's sizes and steps; not run yet
+#
+# Settings: OUT (runs/learning_to_execute), SEEDS (1), MINUTES, DEVICE and PYTHON, see results/train.sh.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+OUT=${OUT:-runs/learning_to_execute}
+DEVICE=${DEVICE:-}
+SEEDS=${SEEDS:-1}
+source results/train.sh
+
+kinds=(reverse addition control copy program double)
+if [[ "$*" = paper ]]; then
+    for kind in "${kinds[@]}"; do
+        for model in rmc lstm; do
+            train train_learning_to_execute "paper-$kind-$model" --program-kind "$kind" --model "$model" --log-interval 1000
+        done
+    done
+else
+    for kind in "${@:-${kinds[@]}}"; do
+        for seed in $SEEDS; do
+            train train_learning_to_execute "$kind-rmc-seed$seed" --recipe "$kind" --seed "$seed"
+            train train_learning_to_execute "$kind-lstm-seed$seed" --recipe "$kind" --model lstm --lr 0.016 --seed "$seed"
+        done
+    done
+fi
+"$PYTHON" tools/compare_runs.py "$OUT"
