@@ -106,7 +106,7 @@ def _sequence_length(text: str) -> int:
 
 
 def _stage(text: str) -> str:
-    if not re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", text):
+    if not re.fullmatch(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", text):
         raise argparse.ArgumentTypeError(f"must be VECTORSxDIMENSIONS, such as 3x16, got {text!r}")
     return text
 
