@@ -1,4 +1,4 @@
-"""Word-level corpora: vocabulary, tokenizing, cache, download, and columns of tokens for training.
+"""Word-level corpora: vocabulary, tokenizing, cache, download, and parallel streams of tokens for training.
 
 A corpus is a folder with train.txt, valid.txt and test.txt in UTF-8. Words are what `str.split` returns, a
 line ends at a line feed, and every line, blank or not, ends in one `<eos>` token. A line that already ends in
@@ -34,7 +34,7 @@ from corpora import download, punctuation
 
 EOS = "<eos>"
 UNK = "<unk>"
-IGNORED = -100  # target at a place without a word; every loss of this project skips negative targets
+IGNORED = -100  # target at a position without a word; every loss of this project skips negative targets
 SPLITS = download.SPLITS
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 
@@ -142,14 +142,14 @@ def find_folder(data: str) -> Path:
     """
     parts = Path(data).parts  # ("data", "x") for ./data/x
     name = parts[-1] if len(parts) == 1 or (len(parts) == 2 and parts[0] == "data") else None
-    places = [Path(data), DATA_FOLDER / name] if name else [Path(data)] if data else []
-    for folder in places:
+    candidates = [Path(data), DATA_FOLDER / name] if name else [Path(data)] if data else []
+    for folder in candidates:
         if any(os.path.isfile(folder / f"{split}.txt") for split in SPLITS):
             return folder
     if name in download.PUBLISHED:
         download.fetch(name, DATA_FOLDER / name)
         return DATA_FOLDER / name
-    for folder in places:
+    for folder in candidates:
         if os.path.isdir(folder):
             return folder  # check_folder says what is missing
     if data and os.path.exists(data):
@@ -318,23 +318,23 @@ def load_cache(path: Path) -> Corpus | None:
 # ---- batching
 
 
-class TokenColumns:
-    """The N - 1 (token, next token) pairs of a text, in B columns of consecutive tokens.
+class TokenStreams:
+    """The N - 1 (token, next token) pairs of a text, in B parallel streams of consecutive tokens.
 
-    Read column after column, the pairs are those of the text in order. No pair is dropped, and the lengths of
-    columns differ by at most one. Ids keep their small type; each window is converted to int64 on `device`.
+    Read stream after stream, the pairs are those of the text in order. No pair is dropped, and the lengths of
+    streams differ by at most one. Ids keep their small type; each window is converted to int64 on `device`.
 
     Args:
         ids: the text, (N,).
-        batch_size: number of columns B.
+        batch_size: number of streams B.
         device: where the text is kept.
 
     Attributes:
-        length: pairs in the longest column.
+        length: pairs in the longest stream.
         num_pairs: N - 1.
 
     Raises:
-        UserError: fewer pairs than columns.
+        UserError: fewer pairs than streams.
     """
 
     def __init__(self, ids: torch.Tensor, batch_size: int, device: str | torch.device = "cpu"):
@@ -347,29 +347,29 @@ class TokenColumns:
             )
         self.ids = ids.to(device)
         self.batch_size = batch_size
-        # The first num_longer columns are longer by 1.
+        # The first num_longer streams are longer by 1.
         self.shortest, self.num_longer = divmod(self.num_pairs, batch_size)
         self.length = self.shortest + (self.num_longer > 0)
-        column = torch.arange(batch_size, device=device)
-        self.starts = column * self.shortest + column.clamp(max=self.num_longer)  # (B,)
+        stream = torch.arange(batch_size, device=device)
+        self.starts = stream * self.shortest + stream.clamp(max=self.num_longer)  # (B,)
 
     def windows(self, bptt: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the windows of `bptt` places; the last one may be shorter.
+        """Yield the windows of `bptt` positions; the last one may be shorter.
 
         Yields:
-            tokens and targets, both (B, t) int64 on the device. Where a column has ended, the target is
+            tokens and targets, both (B, t) int64 on the device. Where a stream has ended, the target is
             IGNORED and the token 0. Nothing here waits for a GPU.
         """
         for first in range(0, self.length, bptt):
             yield self.window(first, min(first + bptt, self.length))
 
     def window(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tokens and targets of the places from `first` to `stop` - 1, as `windows` yields them."""
-        places = self.starts[:, None] + torch.arange(first, stop, device=self.ids.device)  # (B, t)
-        ended = stop > self.shortest and self.num_longer > 0  # the shorter columns, before the last place
+        """Return tokens and targets of the positions from `first` to `stop` - 1, as `windows` yields them."""
+        positions = self.starts[:, None] + torch.arange(first, stop, device=self.ids.device)  # (B, t)
+        ended = stop > self.shortest and self.num_longer > 0  # the shorter streams, before the last position
         if ended:
-            places.clamp_(max=self.num_pairs - 1)
-        tokens, targets = self.ids[places].long(), self.ids[places + 1].long()
+            positions.clamp_(max=self.num_pairs - 1)
+        tokens, targets = self.ids[positions].long(), self.ids[positions + 1].long()
         if ended:
             tokens[self.num_longer :, -1] = 0
             targets[self.num_longer :, -1] = IGNORED

@@ -22,7 +22,7 @@ from training.trainer import Interrupted, Script, Task, Trainer
 import torch
 from torch import Tensor
 
-from data_utils import Corpus, TokenColumns, Vocabulary, load_corpus
+from data_utils import Corpus, TokenStreams, Vocabulary, load_corpus
 from layers.language_model import LanguageModel, perplexity
 from layers.regularization import WeightAverage
 from relational_rnn_models import RelationalMemoryLM
@@ -56,33 +56,33 @@ def evaluate(
     Args:
         model: in eval mode during the call, in its previous mode afterward.
         ids: the split, (N,).
-        batch_size: columns that the split is divided into. Each starts from the initial state and carries its
-            state to its last token: fewer columns lose less context, 1 scores the split as one stream.
-        bptt: tokens of a column per step; changes speed and memory, not the result.
+        batch_size: streams that the split is divided into. Each starts from the initial state and keeps its
+            state until its last token: fewer streams lose less context, 1 scores the split as one stream.
+        bptt: tokens of a stream per step; changes speed and memory, not the result.
         interrupts: checked between windows.
         label: name of the split, beside the progress bar.
-        processes: share the columns; each of them gets the loss of the whole split.
+        processes: divide the streams; each process gets the loss of the full split.
 
     Raises:
-        UserError: the split has fewer targets than columns.
+        UserError: the split has fewer targets than streams.
         Interrupted: a stop was requested.
     """
-    columns = TokenColumns(ids, batch_size, device)
-    mine = processes.share(batch_size)
+    streams = TokenStreams(ids, batch_size, device)
+    mine = processes.shard(batch_size)
     was_training = model.training
     model.eval()
     try:
         total = torch.zeros((), dtype=torch.float64, device=device)  # read once: reading makes a GPU wait
         state = model.initial_state(mine.stop - mine.start)
-        with Progress(-(-columns.length // bptt), label) as progress:
-            for tokens, targets in columns.windows(bptt):
-                if len(state):  # with more processes than columns, some have none
+        with Progress(-(-streams.length // bptt), label) as progress:
+            for tokens, targets in streams.windows(bptt):
+                if len(state):  # with more processes than streams, some have none
                     nats, state = model(tokens[mine], targets[mine], state)
                     total += nats.sum()
                 progress.advance()
                 if interrupts is not None and processes.agree(interrupts)[0]:
                     raise Interrupted
-        return processes.all_reduce(total).item() / columns.num_pairs
+        return processes.all_reduce(total).item() / streams.num_pairs
     finally:
         model.train(was_training)
 
@@ -131,7 +131,7 @@ class Reading:
     """Where a run stands in its text."""
 
     epoch: int = 1  # the present one, from 1
-    offset: int = 0  # tokens of each column that this epoch has trained on
+    offset: int = 0  # tokens of each stream that this epoch has trained on
     epoch_nats: float = 0.0  # summed losses of this epoch, up to the last report
 
 
@@ -144,7 +144,7 @@ class LanguageModeling(Task):
         args: the flags of `language_flags.add_flags`.
         kind: key of MODELS.
         device: where to compute.
-        processes: divide the batch's columns, in order.
+        processes: divide the streams of the batch, in order.
     """
 
     sums = ("losses",)
@@ -162,9 +162,9 @@ class LanguageModeling(Task):
     ) -> None:
         self.model, self.corpus, self.args, self.kind, self.device = model, corpus, args, kind, device
         for name in ("valid", "test"):  # fail now, not after the first epoch
-            split_columns(corpus, name, args.eval_batch_size, "--eval-batch-size")
-        self.columns = split_columns(corpus, "train", args.batch_size, "--batch-size", device)
-        self.mine = processes.share(args.batch_size)
+            split_streams(corpus, name, args.eval_batch_size, "--eval-batch-size")
+        self.streams = split_streams(corpus, "train", args.batch_size, "--batch-size", device)
+        self.mine = processes.shard(args.batch_size)
         self.examples = self.mine.stop - self.mine.start
         self.full_count = args.batch_size * args.bptt
         self.can_be_captured = not args.adaptivesoftmax  # which makes the host wait for the GPU
@@ -172,7 +172,7 @@ class LanguageModeling(Task):
         self.position = Reading()
         if args.average == "ema":
             self.average = WeightAverage(model, args.average_decay)
-        self.epoch_steps = math.ceil(self.columns.length / args.bptt)
+        self.epoch_steps = math.ceil(self.streams.length / args.bptt)
         self.total_steps = args.epochs * self.epoch_steps
         self.fingerprint = corpus.fingerprint()
         processes.check_same("the text", self.fingerprint)
@@ -200,7 +200,7 @@ class LanguageModeling(Task):
                 f"the text in {self.corpus.folder} is not the one that this run was started on. Name the "
                 "folder of that text with --data, or start a new run."
             )
-        if self.position.offset > self.columns.length:
+        if self.position.offset > self.streams.length:
             raise ValueError(f"the position's offset is {self.position.offset}, beyond the text")
 
     # -- batches
@@ -214,18 +214,18 @@ class LanguageModeling(Task):
         return f"epoch {self.position.epoch}", self.epoch_steps, self.position.offset // self.args.bptt
 
     def span_is_over(self, step: int) -> bool:
-        return self.position.offset >= self.columns.length
+        return self.position.offset >= self.streams.length
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
         start = self.position.offset
-        stop = self.position.offset = min(start + self.args.bptt, self.columns.length)
-        tokens, targets = self.columns.window(start, stop)
+        stop = self.position.offset = min(start + self.args.bptt, self.streams.length)
+        tokens, targets = self.streams.window(start, stop)
         count = self.targets_before(stop) - self.targets_before(start)
         return (tokens[self.mine], targets[self.mine]), count
 
     def targets_before(self, offset: int) -> int:
-        """Return the number of targets before an offset of the columns, without reading the tensors."""
-        return min(offset * self.args.batch_size, self.columns.num_pairs)
+        """Return the number of targets before an offset of the streams, without reading the tensors."""
+        return min(offset * self.args.batch_size, self.streams.num_pairs)
 
     def losses(
         self, model: LanguageModel, state: Tensor | None, *inputs: Tensor
@@ -270,7 +270,7 @@ class LanguageModeling(Task):
             averaged = {"average_loss": average_loss, "average_ppl": perplexity(average_loss)}
             if average_loss < loss:
                 best, best_model = average_loss, self.average.model
-        train_loss = self.position.epoch_nats / self.columns.num_pairs
+        train_loss = self.position.epoch_nats / self.streams.num_pairs
         train = {"train_loss": train_loss, "train_ppl": perplexity(train_loss)}
         trainer.update_clock()
         trainer.write("valid", loss=loss, ppl=perplexity(loss), **averaged, **train)
@@ -288,8 +288,8 @@ class LanguageModeling(Task):
     ) -> float:
         """Return the mean loss of a split in nats per token."""
         args, ids = self.args, getattr(self.corpus, split)
-        columns, processes = args.eval_batch_size, trainer.processes
-        return evaluate(model, ids, columns, args.bptt, self.device, interrupts, split, processes)
+        streams, processes = args.eval_batch_size, trainer.processes
+        return evaluate(model, ids, streams, args.bptt, self.device, interrupts, split, processes)
 
     def finish(self, trainer: Trainer, event: str) -> None:
         """Test the best model."""
@@ -315,12 +315,12 @@ class LanguageModeling(Task):
         return f"a lower --lr (it was {self.args.lr:g}) or a lower --clip"
 
 
-def split_columns(
+def split_streams(
     corpus: Corpus, split: str, batch_size: int, flag: str, device: torch.device | str = "cpu"
-) -> TokenColumns:
-    """Return a split in columns; add its name and the flag of the batch size to a UserError."""
+) -> TokenStreams:
+    """Return a split in streams; add its name and the flag of the batch size to a UserError."""
     try:
-        return TokenColumns(getattr(corpus, split), batch_size, device)
+        return TokenStreams(getattr(corpus, split), batch_size, device)
     except UserError as error:
         raise UserError(f"{split}.txt and {flag} do not fit: {error}") from None
 
@@ -438,7 +438,7 @@ def load_same_text(
 def score(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Score a checkpoint on valid and test: the --evaluate of both scripts, for the models of either one.
 
-    Text and columns are those of its run, unless the command line names others.
+    Text and streams are those of its run, unless the command line names others.
     """
     flags.warn_of_ignored(script.parser, given, USED_BY_EVALUATE)
     path = find_checkpoint(args.evaluate)
@@ -448,12 +448,12 @@ def score(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) ->
     saved = checkpoint.get("args", {})
     with processes.one_per_host_first():
         corpus = load_same_text(path, saved, vocabulary, given.get("data"))
-    columns = given.get("eval_batch_size") or saved.get("eval_batch_size", args.eval_batch_size)
-    choose_threads(args.threads, model, columns * args.bptt, device)
-    print(f"{path} ({type(model).__name__}) on {corpus.folder}, columns: {columns}", flush=True)
+    streams = given.get("eval_batch_size") or saved.get("eval_batch_size", args.eval_batch_size)
+    choose_threads(args.threads, model, streams * args.bptt, device)
+    print(f"{path} ({type(model).__name__}) on {corpus.folder}, streams: {streams}", flush=True)
     for split in ("valid", "test"):
-        split_columns(corpus, split, columns, "--eval-batch-size")
+        split_streams(corpus, split, streams, "--eval-batch-size")
         ids = getattr(corpus, split)
-        loss = evaluate(model, ids, columns, args.bptt, device, None, split, processes)
+        loss = evaluate(model, ids, streams, args.bptt, device, None, split, processes)
         say(f"{split}: {loss_text(loss)}{best_possible(corpus.folder, split)}")
     return 0

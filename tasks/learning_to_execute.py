@@ -144,7 +144,7 @@ def encode(examples: Sequence[tuple[str, str]], sizes: tuple[int, int] = (0, 0))
 
 
 def _indices(texts: Sequence[str], width: int, alphabet: str, padding: int) -> Tensor:
-    """Return the places of characters in the alphabet, (len(texts), width)."""
+    """Return the indices of characters in the alphabet, (len(texts), width)."""
     table = torch.full((128,), padding)
     table[list(alphabet.encode())] = torch.arange(len(alphabet))
     padded = bytearray("".join(text.ljust(width, "\0") for text in texts), "ascii")
@@ -249,7 +249,7 @@ class LearningToExecute(trainer.Task):
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.args, self.device = model, args, device
-        self.mine = processes.share(args.batch_size)
+        self.mine = processes.shard(args.batch_size)
         self.examples = self.mine.stop - self.mine.start
         self.full_count, self.total_steps = args.batch_size, args.steps
         self.draw = random.Random(args.seed)

@@ -270,7 +270,7 @@ class NthFarthest(Task):
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.args, self.device, self.processes = model, args, device, processes
-        mine = processes.share(args.batch_size)
+        mine = processes.shard(args.batch_size)
         self.examples = mine.stop - mine.start
         self.total_steps = args.steps
         self.can_be_captured = args.optimizer == "adam"
@@ -322,7 +322,7 @@ class NthFarthest(Task):
             self.device,
             None if full else self.stages[self.position.stage],
         )
-        mine = self.processes.share(count)
+        mine = self.processes.shard(count)
         return (inputs[mine], targets[mine]), count
 
     def losses(
@@ -369,7 +369,7 @@ class NthFarthest(Task):
     def test(self, processes: Processes) -> float:
         """Return the accuracy on the test set, never in bfloat16."""
         inputs, targets = self.test_set
-        mine = processes.share(len(targets))
+        mine = processes.shard(len(targets))
         right = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
         if mine.stop > mine.start:

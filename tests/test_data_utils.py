@@ -1,4 +1,4 @@
-"""Corpora: words, vocabulary, cache, columns and raw texts, compared with slow and obvious code."""
+"""Corpora: words, vocabulary, cache, streams and raw texts, compared with slow and obvious code."""
 
 import concurrent.futures
 import gzip
@@ -22,7 +22,7 @@ from data_utils import (
     SPLITS,
     UNK,
     Corpus,
-    TokenColumns,
+    TokenStreams,
     Vocabulary,
     load_corpus,
     smallest_dtype,
@@ -319,28 +319,28 @@ def test_several_runs_cache_at_once(folder, capsys):
     assert capsys.readouterr().err == "" and len(caches(folder)) == 1
 
 
-# ---- columns
+# ---- streams
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), length=st.integers(2, 60), bptt=st.integers(1, 70))
 def test_every_pair_is_in_exactly_one_place(data, length, bptt):
     batch_size = data.draw(st.integers(1, length - 1))
-    columns = TokenColumns(torch.arange(length, dtype=torch.int16), batch_size)
-    windows = list(columns.windows(bptt))
+    streams = TokenStreams(torch.arange(length, dtype=torch.int16), batch_size)
+    windows = list(streams.windows(bptt))
     assert [tokens.shape[1] for tokens, _ in windows[:-1]] == [bptt] * (len(windows) - 1)
     tokens = torch.cat([tokens for tokens, _ in windows], dim=1)
     targets = torch.cat([targets for _, targets in windows], dim=1)
-    assert tokens.shape == targets.shape == (batch_size, columns.length)
-    assert tokens.dtype == targets.dtype == torch.int64 and columns.ids.dtype == torch.int16
+    assert tokens.shape == targets.shape == (batch_size, streams.length)
+    assert tokens.dtype == targets.dtype == torch.int64 and streams.ids.dtype == torch.int16
     real = targets != IGNORED
-    # Read column after column, they are the pairs of the text in order.
+    # Read stream after stream, they are the pairs of the text in order.
     assert tokens[real].tolist() == list(range(length - 1))
     assert targets[real].tolist() == list(range(1, length))
     lengths = real.sum(1)
-    assert real.eq(torch.arange(columns.length) < lengths[:, None]).all()  # a column ends once
+    assert real.eq(torch.arange(streams.length) < lengths[:, None]).all()  # a stream ends once
     assert lengths.max() - lengths.min() <= 1 and (tokens[~real] == 0).all()
-    assert columns.num_pairs == length - 1 == lengths.sum()
+    assert streams.num_pairs == length - 1 == lengths.sum()
 
 
 # ---- raw texts
@@ -426,4 +426,4 @@ def test_wikitext_2_has_the_published_counts():
     assert [len(getattr(corpus, split)) for split in SPLITS] == [2088628, 217646, 245569]
     assert corpus.train.dtype == torch.int32
     assert corpus.vocabulary.words[:4] == ["the", ",", ".", UNK]
-    assert TokenColumns(corpus.test, 10).num_pairs == 245568
+    assert TokenStreams(corpus.test, 10).num_pairs == 245568

@@ -31,8 +31,8 @@ from tasks.nth_farthest import make_batch
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
-# 499 training targets in 12 columns of 42 or 41: only some processes have targets in the last place. The
-# validation text in 5 columns does not divide among 2 or 3 processes, and the test text in 2 leaves one idle.
+# 499 training targets in 12 streams of 42 or 41: only some processes have targets in the last position. The
+# validation text in 5 streams does not divide among 2 or 3 processes, and the test text in 2 leaves one idle.
 FLAGS = "--batch-size 12 --bptt 11 --eval-batch-size 5 --log-interval 3 --clip 0.05 --lr 0.003 --epochs 2 "
 FLAGS += "--threads 1 --emsize 12"
 MODELS = {
@@ -151,7 +151,7 @@ def member(rank, world_size, port, folder):
     os.environ.update(place_of(rank, world_size, port))
     args = train_rmc.build_parser().parse_args(["--collective-timeout", "100"])
     _, processes = distributed.start(args)
-    # In three processes, each one's share of the batch is in pieces too.
+    # In three processes, each one's shard of the batch is split into micro-batches too.
     results = (
         group_cases(folder, processes) if world_size == 2 else all_cases(folder, processes, "--accumulate 2")
     )
@@ -452,16 +452,16 @@ def test_incomplete_environment_is_reported_after_the_command_line(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "batch, world_size, pieces, message",
+    "batch, world_size, micro_batches, message",
     [
         (64, 1, 5, r"64 is not a multiple of 5 \(processes x --accumulate\).*Try 60 or 65\."),
         (64, 3, 2, r"64 is not a multiple of 6 .*Try 60 or 66\."),
         (2, 3, 1, r"Try 3\."),
     ],
 )
-def test_uneven_batch_is_refused_with_sizes_that_fit(batch, world_size, pieces, message):
+def test_uneven_batch_is_refused_with_sizes_that_fit(batch, world_size, micro_batches, message):
     with pytest.raises(UserError, match=message):
-        Processes(0, world_size).check_batch("--batch-size", batch, pieces)
+        Processes(0, world_size).check_batch("--batch-size", batch, micro_batches)
 
 
 def test_another_number_of_gpus_seeds_the_generators_from_the_step(monkeypatch, capsys):

@@ -26,7 +26,7 @@ from same_runs import after_step, assert_same_checkpoint, assert_same_run, numbe
 import train_rnn
 from tasks import language_modeling
 
-# 2379 targets in 14 columns of 170 or fewer: 12 windows of 15 in an epoch, the last of 5.
+# 2379 targets in 14 streams of 170 or fewer: 12 windows of 15 in an epoch, the last of 5.
 STEPS = 12
 LOOP = shlex.split("--batch-size 14 --bptt 15 --lr 0.01 --log-interval 5 --eval-batch-size 3 --epochs 2")
 SIZES = shlex.split("--emsize 12 --nhid 7 --nlayers 2")  # with dropout, for which random states matter

@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     """Run folders of two little trained models by name; rmc-adaptive is the newer one."""
     root = tmp_path_factory.mktemp("generate")
     corpus = data_utils.load_corpus(str(write_corpus(root / "corpus")))
-    columns = corpus.train.long()[: 14 * 170].view(14, 170)
+    streams = corpus.train.long()[: 14 * 170].view(14, 170)
     torch.manual_seed(1)
     models = {
         "rnn": RNNLM(22, embedding_size=12, hidden_size=14),
@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
     for age, (name, model) in enumerate(models.items()):
         optimizer = torch.optim.Adam(model.eval().parameters(), lr=0.03)  # without dropout
         for start in [*range(0, 165, 15)] * 2:
-            tokens, targets = columns[:, start : start + 15], columns[:, start + 1 : start + 16]
+            tokens, targets = streams[:, start : start + 15], streams[:, start + 1 : start + 16]
             loss, _ = model.loss(tokens[:, : targets.size(1)], targets)
             optimizer.zero_grad()
             loss.backward()

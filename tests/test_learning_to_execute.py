@@ -200,7 +200,7 @@ def test_processes_divide_one_batch_and_all_runs_measure_the_same_examples():
     args, cpu = script.build_parser().parse_args(TINY.split()), torch.device("cpu")
     whole = task.write_programs(args, 11, random.Random(args.seed), "mix")
     for part in (slice(0, 6), slice(6, 11)):
-        processes = SimpleNamespace(share=lambda count, part=part: part)
+        processes = SimpleNamespace(shard=lambda count, part=part: part)
         trained = task.LearningToExecute(None, args, cpu, processes)
         assert all(map(torch.equal, trained.next_batch()[0], encode(whole[part])))
     args.seed = 9

@@ -25,7 +25,7 @@ SCRIPTS = {
     "rmc": (train_rmc, "--emsize 12 --headsize 5 --numheads 2 --keysize 3 --memslots 2"),
     "rnn": (train_rnn, "--emsize 12 --nhid 14 --nlayers 2"),
 }
-# 504 targets in 7 columns of 72: 7 windows of 11 in an epoch, the last of 6.
+# 504 targets in 7 streams of 72: 7 windows of 11 in an epoch, the last of 6.
 COMMON = "--batch-size 7 --bptt 11 --eval-batch-size 3 --dropout 0"
 STEPS = 7
 ADAPTIVE = ["--adaptivesoftmax", "--cutoffs", "8", "17"]
@@ -97,7 +97,7 @@ def test_evaluation_scores_every_target_once_whatever_batch_and_window():
 
 
 @KINDS
-def test_evaluation_with_one_column_reads_the_text_word_by_word(tmp_path, kind):
+def test_evaluation_with_one_stream_reads_the_text_word_by_word(tmp_path, kind):
     model = make_trainer(tmp_path, kind, "--dropout", "0.6", dtype=torch.float64).model.eval()
     text, state, nats = ids(60, 5).long(), model.initial_state(1), 0.0
     with torch.no_grad():
@@ -125,8 +125,8 @@ def plain_training(model, text, args):
     """
     pairs, batch = len(text) - 1, args.batch_size
     base, extra = divmod(pairs, batch)
-    starts = [column * base + min(column, extra) for column in range(batch)]
-    lengths = [base + (column < extra) for column in range(batch)]
+    starts = [stream * base + min(stream, extra) for stream in range(batch)]
+    lengths = [base + (stream < extra) for stream in range(batch)]
     stops = [*range(args.bptt, max(lengths), args.bptt), max(lengths)]
     total = len(stops) * args.epochs
     parameters = list(model.parameters())
@@ -141,10 +141,10 @@ def plain_training(model, text, args):
             step += 1
             tokens = torch.zeros(batch, stop - start, dtype=torch.long)
             targets = torch.full_like(tokens, -1)
-            for column in range(batch):
-                for index in range(start, min(stop, lengths[column])):
-                    tokens[column, index - start] = text[starts[column] + index]
-                    targets[column, index - start] = text[starts[column] + index + 1]
+            for stream in range(batch):
+                for index in range(start, min(stop, lengths[stream])):
+                    tokens[stream, index - start] = text[starts[stream] + index]
+                    targets[stream, index - start] = text[starts[stream] + index + 1]
             nats, state = model(tokens, targets, state.detach())
             loss = nats.sum() / (targets >= 0).sum()
             gradients = torch.autograd.grad(loss, parameters)
@@ -220,7 +220,7 @@ class Shards(nn.Module):
     def forward(self, *arguments, **named):
         pieces = zip(*(argument.chunk(self.count) for argument in arguments), strict=True)
         results = [self.model(*piece, **named) for piece in pieces]
-        return tuple(torch.cat(column) for column in zip(*results, strict=True))
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("softmax", [[], ADAPTIVE], ids=["full", "adaptive"])

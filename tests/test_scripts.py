@@ -27,7 +27,7 @@ SIZES = {
     train_rnn: "--emsize 12 --nhid 14 --nlayers 2",
 }
 SCRIPTS = pytest.mark.parametrize("script", SIZES, ids=lambda script: script.__name__)
-# 2379 targets in 14 columns of 170 or fewer: 12 windows of 15 in an epoch, the last of 5.
+# 2379 targets in 14 streams of 170 or fewer: 12 windows of 15 in an epoch, the last of 5.
 LOOP = "--batch-size 14 --bptt 15 --lr 0.01 --log-interval 5 --eval-batch-size 3"
 SMALL = {script: f"{sizes} {LOOP}".split() for script, sizes in SIZES.items()}
 STEPS = 12
@@ -295,10 +295,10 @@ def test_evaluate_repeats_the_scores_of_a_run(script, finished, capsys):
         assert other.main(["--evaluate", str(folder), "--bptt", "500"]) == 0
         output, warned = capsys.readouterr()
         assert f"valid: loss {test['valid_loss']:.4f}" in output and not warned
-        assert f"test: loss {test['loss']:.4f}" in output and "columns: 3" in output
+        assert f"test: loss {test['loss']:.4f}" in output and "streams: 3" in output
     assert script.main(["--evaluate", str(folder / "last.pt"), "--eval-batch-size", "1", "--lr", "1"]) == 0
     output, warned = capsys.readouterr()
-    assert "columns: 1" in output and f"test: loss {test['loss']:.4f}" not in output
+    assert "streams: 1" in output and f"test: loss {test['loss']:.4f}" not in output
     assert "--evaluate ignores --lr:" in warned
 
 
@@ -380,8 +380,8 @@ def test_flags_reach_the_training_loop(corpus_folder, tmp_path):
     trainer.train(tmp_path)
     trainer.model.train()
     loss = runs.read_log(tmp_path / "log.jsonl")[-1]["loss"]
-    for columns, equal in ((4, True), (5, False)):
-        again = language_modeling.evaluate(trainer.model, trainer.task.corpus.valid, columns, 9, "cpu")
+    for streams, equal in ((4, True), (5, False)):
+        again = language_modeling.evaluate(trainer.model, trainer.task.corpus.valid, streams, 9, "cpu")
         assert (abs(loss - again) < 1e-6) == equal and trainer.model.training
 
 

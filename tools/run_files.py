@@ -90,7 +90,7 @@ class Run:
             for name, value in self.arguments.items()
             if name not in NOT_SETTINGS and (value != known[name] if name in known else value)
         }
-        # Each process, GPU and piece of an accumulated batch draws its own dropout masks.
+        # Each process, GPU and micro-batch draws its own dropout masks.
         copies = (self.record.get("processes", 1), len(self.gpus))
         return json.dumps([self.script, changed, copies], sort_keys=True)
 

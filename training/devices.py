@@ -65,7 +65,7 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
     return torch.device("cuda", 0)
 
 
-def choose_threads(requested: int, multiplications: float, device: torch.device, share: int = 1) -> int:
+def choose_threads(requested: int, multiplications: float, device: torch.device, processes: int = 1) -> int:
     """Set the number of CPU threads that torch uses, print it and return it.
 
     Args:
@@ -73,11 +73,11 @@ def choose_threads(requested: int, multiplications: float, device: torch.device,
             available cores for a large one.
         multiplications: approximate number in a training step.
         device: where the model is trained; on a GPU, 0 chooses one thread.
-        share: number of processes that share the cores.
+        processes: number of processes that share the cores.
     """
     cores = available_cores()
     large = multiplications >= MULTIPLICATIONS_WORTH_A_THREAD
-    threads = requested or (max(1, cores // share) if large and device.type == "cpu" else 1)
+    threads = requested or (max(1, cores // processes) if large and device.type == "cpu" else 1)
     torch.set_num_threads(threads)
     if device.type == "cpu":
         unused = " (--cuda uses the GPU)" if torch.cuda.is_available() else ""
@@ -118,7 +118,7 @@ def wrap_data_parallel(model: nn.Module, device: torch.device, batch_size: int) 
     """
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     rows = -(-batch_size // max(1, min(count, batch_size)))
-    count = -(-batch_size // rows)  # DataParallel makes pieces of this many rows; none may be empty
+    count = -(-batch_size // rows)  # DataParallel makes parts of this many rows; none may be empty
     return Replicas(model, device_ids=list(range(count))) if count > 1 else model
 
 

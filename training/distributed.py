@@ -1,6 +1,6 @@
 """Training in several processes, on one host or many, as torchrun starts them.
 
-Each process holds the whole model and an equal share of the batch. Gradients are summed over all processes,
+Each process has the full model and an equal shard of the batch. Gradients are summed over all processes,
 so that N processes take the step that one process would take. NCCL carries gradients between GPUs, gloo
 between CPUs. Small messages (stop requests, checkpoints, file names) always use gloo, so that no GPU waits
 for them. With a single process, every method of `Processes` returns its argument.
@@ -36,7 +36,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Processes:
-    """The place of this process among those that train together.
+    """The rank of this process and the number of processes that train together.
 
     Attributes:
         rank: from 0 to world_size - 1; 0 is the main process.
@@ -70,7 +70,7 @@ class Processes:
         """The number of processes and the launcher, for args.json."""
         return {"processes": self.world_size, "launcher": self.launcher}
 
-    def share(self, count: int) -> slice:
+    def shard(self, count: int) -> slice:
         """Return this process's part of `count` items: consecutive items, in the order of the ranks.
 
         Parts differ by at most one item. With fewer items than processes, some parts are empty.
@@ -165,9 +165,9 @@ class Processes:
                 "with other random numbers"
             )
 
-    def check_batch(self, flag: str, batch_size: int, pieces: int = 1) -> None:
-        """Raise UserError unless a batch divides into equal pieces for all processes."""
-        parts = self.world_size * pieces
+    def check_batch(self, flag: str, batch_size: int, micro_batches: int = 1) -> None:
+        """Raise UserError unless a batch divides equally among processes and micro-batches."""
+        parts = self.world_size * micro_batches
         if batch_size % parts == 0:
             return
         below = batch_size // parts * parts
@@ -189,7 +189,7 @@ def processes_on_this_host() -> int:
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
-    """Return this process's place according to torchrun's variables, before any contact with the others.
+    """Return the rank and the number of processes from torchrun's variables, without communication.
 
     Raises:
         UserError: there are several processes, but only some of the variables are set.
@@ -216,10 +216,10 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:
     Raises:
         UserError: as `from_environment` and `devices.choose_device`; or the command lines differ.
     """
-    place = from_environment()
-    device = devices.choose_device(args.cuda, args.strict_float32, None if place.alone else place.local_rank)
-    if place.alone:
-        return device, place
+    found = from_environment()
+    device = devices.choose_device(args.cuda, args.strict_float32, None if found.alone else found.local_rank)
+    if found.alone:
+        return device, found
     limit = datetime.timedelta(seconds=args.collective_timeout)
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=limit, device_id=device)
@@ -227,10 +227,10 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:
     else:
         dist.init_process_group("gloo", timeout=limit)
         control = dist.group.WORLD
-    processes = replace(place, control=control)
+    processes = replace(found, control=control)
     asked = {name: value for name, value in vars(args).items() if name != "threads"}
     processes.check_same("the command line, or args.json of the run to resume,", asked)
-    print(f"processes: {place.world_size}", flush=True)
+    print(f"processes: {found.world_size}", flush=True)
     return device, processes
 
 
@@ -240,17 +240,17 @@ def run_script(main: Callable[[], int | None], lower: str = "the batch size") ->
     Only the main process prints results, warnings and a progress bar. Any process that fails prints the
     reason; torchrun then stops the others and prints a report.
     """
-    place = ALONE
+    found = ALONE
     with contextlib.suppress(UserError):  # `start` raises it, after --help and mistakes in the command line
-        place = from_environment()
-    if place.alone:
+        found = from_environment()
+    if found.alone:
         console.run_script(main, lower)
     errors, status = sys.stderr, 1
-    if not place.is_main:
+    if not found.is_main:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def report(message: str) -> None:
-        print(f"error: in process {place.rank} of {place.world_size}: {message}", file=errors, flush=True)
+        print(f"error: in process {found.rank} of {found.world_size}: {message}", file=errors, flush=True)
 
     try:
         # record writes an exception to the file that torchrun's report shows.
@@ -275,8 +275,8 @@ class FlatGradients:
 
     One all-reduce sums everything after the backward pass. DistributedDataParallel would send parts of the
     gradient during the backward pass, but a CUDA graph can hold the backward pass only without communication,
-    and launching the RMC's many small operations one by one costs more than the overlap saves. The pieces of
-    a batch (`--accumulate`) add into the same place.
+    and launching the RMC's many small operations one by one costs more than the overlap saves. The
+    micro-batches of `--accumulate` add into the same tensor.
 
     Args:
         parameters: of one dtype and on one device; their `grad` is set and must stay.

@@ -177,9 +177,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
            "no TF32 in matrix products on a GPU (TF32 is faster and rounds to 10 bits)")
     switch(run, "--no-cuda-graph",
            "launch a training step's operations one by one on a GPU, not as a CUDA graph")
-    parts = parser.add_argument_group("parts of a batch (torchrun divides it among processes)")
-    option(parts, "--accumulate", positive_int, 1, "PIECES",
-           "divide a process's share of the batch into pieces and add up their gradients: the same step in "
+    parts = parser.add_argument_group("large batches, and several processes (torchrun)")
+    option(parts, "--accumulate", positive_int, 1, "N",
+           "split the batch of each process into N micro-batches and sum their gradients: the same step in "
            "less memory")
     option(parts, "--collective-timeout", positive_float, 600.0, "SECONDS",
            "how long a process waits for the others; must exceed the time to read a corpus without its cache")

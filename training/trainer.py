@@ -55,7 +55,7 @@ class Task:
     Attributes:
         model: the model in training, on its device; `config` has its constructor's arguments as plain data.
         kind: what checkpoints call the model.
-        total_steps: steps of the whole run.
+        total_steps: steps of the full run.
         full_count: targets of a full batch; only full batches are captured as CUDA graphs.
         can_be_captured: whether a step never waits for the GPU.
         sums: names of the sums that `losses` returns, plural nouns.
@@ -85,7 +85,7 @@ class Task:
     length_flags = "--steps"
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
-        """Return this process's inputs (examples, ...) and the whole batch's number of targets."""
+        """Return this process's inputs (examples, ...) and the number of targets of the full batch."""
         raise NotImplementedError
 
     def losses(
@@ -168,9 +168,9 @@ class Trainer:
         task: what to train.
         args: the flags of `flags.add_run_flags`, and lr, warmup, schedule, clip.
         device: where to compute.
-        processes: the processes that divide the batch; a process's share is cut into `args.accumulate`
-            pieces. Each loss is divided by the number of targets of the whole batch, so that the gradients
-            of all processes and pieces add up to that of the mean.
+        processes: the processes that divide the batch; each splits its shard into `args.accumulate`
+            micro-batches. Each loss is divided by the number of targets of the full batch, so that the
+            gradients of all processes and micro-batches add up to that of the mean.
         optimizer: makes the optimizer from the keyword arguments lr, fused and capturable.
     """
 
@@ -186,8 +186,8 @@ class Trainer:
         self.model = task.model
         processes.check_batch("--batch-size", args.batch_size, args.accumulate)
         processes.share_weights(self.model)
-        self.share, alone = processes.share(args.batch_size), processes.alone
-        rows = (self.share.stop - self.share.start) // args.accumulate
+        self.shard, alone = processes.shard(args.batch_size), processes.alone
+        rows = (self.shard.stop - self.shard.start) // args.accumulate
         self.replicas = devices.wrap_data_parallel(self.model, device, rows) if alone else self.model
         self.gradients = None if alone and args.accumulate == 1 else FlatGradients(self.model.parameters())
         self.optimizer = optimizer(lr=args.lr, fused=True, capturable=device.type == "cuda")
@@ -241,23 +241,23 @@ class Trainer:
         self.update()
 
     def add_gradients(self, *inputs: Tensor) -> None:
-        """Compute this process's part of the batch's gradient, piece by piece."""
+        """Compute this process's part of the gradient, one micro-batch at a time."""
         if self.gradients is None:
             self.optimizer.zero_grad(set_to_none=True)
         else:
             self.gradients.flat.zero_()
-        state, rows = self.task.state, len(inputs[0]) // self.args.accumulate
-        for start in range(0, len(inputs[0]), rows):
-            piece = slice(start, start + rows)
+        state, size = self.task.state, len(inputs[0]) // self.args.accumulate
+        for start in range(0, len(inputs[0]), size):
+            rows = slice(start, start + size)
             started = time.perf_counter()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 objective, sums, after = self.task.losses(
-                    self.replicas, None if state is None else state[piece], *(x[piece] for x in inputs)
+                    self.replicas, None if state is None else state[rows], *(x[rows] for x in inputs)
                 )
             self.forward_seconds += time.perf_counter() - started
             (objective / self.count).backward()
             if state is not None:
-                state[piece].copy_(after.detach())  # keep the values, cut the history
+                state[rows].copy_(after.detach())  # keep the values, cut the history
             self.sums[:-1] += sums.detach()
 
     def update(self) -> None:
@@ -333,7 +333,7 @@ class Trainer:
             UserError: a sum is not finite.
         """
         losses = self.processes.all_reduce(self.sums[:-1].clone()).tolist()
-        norms = self.sums[-1].item()  # of the whole gradient, the same in all processes
+        norms = self.sums[-1].item()  # of the full gradient, the same in all processes
         totals = {**dict(zip(self.task.sums, losses, strict=True)), "gradient norms": norms}
         for name, value in totals.items():
             if not math.isfinite(value):
@@ -455,7 +455,7 @@ class Trainer:
             self.sums.copy_(checkpoint["sums"])
             self.sums[:-1] *= self.processes.is_main
             if self.task.state is not None:
-                self.task.state.copy_(checkpoint["state"][self.share])
+                self.task.state.copy_(checkpoint["state"][self.shard])
             self.processes.restore_random_states(checkpoint["random"], self.args.seed, step)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if console.is_out_of_memory(error):
