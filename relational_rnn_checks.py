@@ -38,7 +38,28 @@ def obstacle(core: RelationalMemory, fast: type[RelationalMemory]) -> str | None
     rows = min(core.input_rows, 2)
     structure = min(core.mem_slots, 2), core.num_blocks, core.gate_style, core.attention_mlp_layers, rows
     step = RelationalMemory._advance, RelationalMemory.gates, AttentionBlock.forward, RowMLP.forward
-    return _difference(fast, structure, RelationalMemory._run, *step)
+    options = tuple(_options(module) for module in (core, *core.blocks, core.mlp))
+    return _difference(fast, structure, options, RelationalMemory._run, *step)
+
+
+# Attributes that the small core of the comparison has in its own size.
+_SIZES = {
+    "mem_slots",
+    "head_size",
+    "input_size",
+    "num_heads",
+    "num_blocks",
+    "attention_mlp_layers",
+    "key_size",
+}
+_SIZES |= {"input_rows", "mem_size", "return_all_outputs"}
+
+
+def _options(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """Return the numbers, words and switches of a module that are not sizes; an edit may add some."""
+    plain = (int, float, str, type(None))  # bool is an int
+    found = vars(module).items()
+    return tuple((name, x) for name, x in found if isinstance(x, plain) and name not in _SIZES)
 
 
 def _called_modules(core: RelationalMemory) -> Iterator[tuple[nn.Module, type]]:
@@ -75,11 +96,13 @@ _comparing = threading.Lock()  # replicas of DataParallel run in threads
 
 
 @functools.cache
-def _difference(fast: type[RelationalMemory], structure: tuple, *loop: Callable) -> str | None:
+def _difference(
+    fast: type[RelationalMemory], structure: tuple, options: tuple, *loop: Callable
+) -> str | None:
     """Return None if the loop and the hand-written pass agree on a small core, else what is wrong.
 
-    Once per process, structure and loop, this compares outputs and gradients of 2 sequences of 3 steps, in
-    float64 on the CPU.
+    Once per process, structure, options and loop, this compares outputs and gradients of 2 sequences of 3
+    steps, in float64 on the CPU.
     """
     slots, blocks, gate_style, layers, rows = structure
     generator = torch.Generator().manual_seed(0)
@@ -92,6 +115,8 @@ def _difference(fast: type[RelationalMemory], structure: tuple, *loop: Callable)
             core = fast(slots, 2, 3, 2, blocks, 0.5, -0.3, gate_style, layers, 4, True, rows)
         weights = {name: draw(*p.shape) for name, p in core.named_parameters()}
         core.double().load_state_dict(weights, strict=False)  # an edited core may have buffers too
+        for module, attributes in zip((core, *core.blocks, core.mlp), options, strict=True):
+            vars(module).update(attributes)
         given = draw(2, 3, rows, 3), draw(2, *core.state_size), draw(2, *core.state_size)
         mask, factor = draw(2, *core.state_size).detach(), draw(2, 3, core.output_size)
         resets, results = torch.tensor([[False, True, False], [False, False, False]]), []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def build_parser() -> flags.Parser:
     option(task, "--test-examples", flags.positive_int, 3200, "N",
            "number of fixed examples on which the test accuracy is measured")
     easier = parser.add_argument_group(
-        "curriculum", "Easier tasks to train on first. The test accuracy is always that of the full task.")
+        "curriculum", "Easier tasks to train on first. The test accuracy is always that of the full task, in "
+        "which a cosine schedule starts.")
     option(easier, "--curriculum", _stage, None, "KxD",
            "stages before the full task, as 3x1 for 3 vectors of which only the first dimension is not 0",
            nargs="+")
@@ -157,13 +159,15 @@ def build(args: argparse.Namespace, device: torch.device, processes: Processes) 
         f"task: {args.num_vectors} vectors, dimensions: {args.num_dims}; chance {chance:.1%}, "
         f"plateau {plateau:.1%}"
     )
+    if args.curriculum_batch_size and not args.curriculum:
+        raise UserError("--curriculum-batch-size requires --curriculum. Add it, or use --batch-size.")
     if args.curriculum_batch_size:
         processes.check_batch("--curriculum-batch-size", args.curriculum_batch_size, args.accumulate)
     task = NthFarthest(model, args, curriculum(args), device, processes)
     optimizer = functools.partial(OPTIMIZERS[args.optimizer], model.parameters())
     made = Trainer(task, args, device, processes, optimizer)
     if not task.in_full_task:
-        made.lr.cosine_start = args.steps  # until the full task begins
+        made.lr.cosine_start = math.inf  # until the full task begins
     return made
 
 

@@ -270,8 +270,6 @@ class NthFarthest(Task):
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.args, self.device, self.processes = model, args, device, processes
-        mine = processes.shard(args.batch_size)
-        self.examples = mine.stop - mine.start
         self.total_steps = args.steps
         self.can_be_captured = args.optimizer == "adam"
         self.stages = stages
@@ -358,7 +356,8 @@ class NthFarthest(Task):
         on_target = self.test_accuracy >= self.args.target_accuracy
         here.times_on_target = here.times_on_target + 1 if on_target else 0
         trainer.offer_best(self.test_accuracy, self.model)
-        if not self.in_full_task and self.train_accuracy >= self.args.curriculum_accuracy:
+        over = self.in_full_task or self.finished(trainer.position.step)
+        if not over and self.train_accuracy >= self.args.curriculum_accuracy:
             here.stage += 1
             vectors, dims = self.stages[here.stage]
             trainer.write("stage", stage=here.stage, vectors=vectors, dims=dims)

@@ -48,6 +48,8 @@ CASES = {
 NTH = "--num-vectors 3 --num-dims 2 --memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 24 "
 NTH += "--test-examples 50 --lr 0.01 --log-interval 5 --steps 15 --threads 1"
 NTH_CASES = {"nth rmc": "", "nth lstm": "--model lstm --nhid 9"}
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    NTH_CASES["nth muon"] = "--optimizer muon"
 
 
 def write_text(folder):

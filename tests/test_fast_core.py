@@ -413,6 +413,26 @@ def test_edit_of_the_plain_file_acts_in_the_fast_class_with_one_warning(kind, na
         assert_equal(ours, results(plain))
 
 
+def test_edit_that_adds_an_option_acts_where_the_option_does(scans, monkeypatch):
+    """With its default, and in evaluation, this option changes nothing, and the fast pass runs."""
+    advance = RelationalMemory._advance
+
+    def scaled(self, *given):
+        memory, details = advance(self, *given)
+        return memory * (self.scale if self.training else 1), details
+
+    monkeypatch.setattr(RelationalMemory, "_advance", scaled)
+    monkeypatch.setattr(RelationalMemory, "scale", 1.0, raising=False)
+    plain, fast = make_pair()
+    results(fast)
+    assert len(scans) == 2
+    plain.scale = fast.scale = 0.5
+    with pytest.warns(UserWarning, match="compute different results"):
+        assert_equal(results(fast), results(plain))
+    results(fast.eval())
+    assert len(scans) == 4
+
+
 def test_files_are_compared_once_in_any_mode_without_a_trace(scans):
     """The comparison sees no mode of the caller and leaves the random state."""
     _, core = make_pair(dtype=torch.float32)

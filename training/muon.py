@@ -10,15 +10,16 @@ from training.console import UserError
 import torch
 from torch import Tensor
 
-# Muon's learning rate, as a multiple of Adam's.
+# Muon's learning rate, as a multiple of Adam's. In Nth farthest a factor of 1 learns more slowly, and with 8
+# the stage of four vectors does not leave its plateau.
 FACTOR = 3.0
 
 
 class MuonWithAdam:
     """Muon (Jordan et al. 2024) for matrices and Adam for vectors, such as biases and gains of norms.
 
-    Muon replaces the averaged gradient of a matrix by the nearest orthogonal matrix, so that all directions
-    change equally fast. Its steps are scaled to the size of Adam's (Liu et al. 2025, arXiv:2502.16982).
+    Muon replaces the averaged gradient of a matrix by a nearly orthogonal matrix, so that all directions
+    change about equally fast. Its steps are scaled to the size of Adam's (Liu et al. 2025, arXiv:2502.16982).
 
     Args:
         parameters: of the model.
@@ -35,8 +36,7 @@ class MuonWithAdam:
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise UserError(
-                f"--optimizer muon requires torch 2.9 or newer, found {torch.__version__}. Update torch, or "
-                "use --optimizer adam."
+                f"--optimizer muon requires torch 2.9 or newer, found {torch.__version__}. Update torch."
             )
         parameters = list(parameters)
         matrices, vectors = ([p for p in parameters if (p.dim() == 2) == wanted] for wanted in (True, False))

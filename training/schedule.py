@@ -42,7 +42,7 @@ class LearningRate:
         self.optimizer = optimizer
         self.tensor = torch.tensor(lr, device=device) if device.type == "cuda" else None
         self.plateau_factor, self.best_loss, self.bad_epochs = 1.0, math.inf, 0
-        self.cosine_start = warmup  # the last step with the full rate; a task may set it
+        self.cosine_start = 0.0  # last step with the full rate; a task may set it (inf: not known yet)
         self.current = self.rate_at(1)
         if warmup >= total_steps:
             warn(
@@ -58,7 +58,8 @@ class LearningRate:
         if self.schedule != "cosine":
             return lr
         peak = max(1, self.warmup, self.cosine_start)
-        progress = max(0, step - peak) / max(1, self.total_steps + 1 - peak)  # 1 after the last step
+        # 1 after the last step
+        progress = 0.0 if step <= peak else (step - peak) / max(1, self.total_steps + 1 - peak)
         return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def set(self, step: int) -> None:
@@ -88,8 +89,9 @@ class LearningRate:
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Restore what `state_dict` returned, after `step` steps and after the optimizer was restored."""
         self.plateau_factor, self.best_loss = float(state["plateau_factor"]), float(state["best_loss"])
-        self.bad_epochs, self.cosine_start = int(state["bad_epochs"]), int(state["cosine_start"])
-        if self.schedule == "cosine" and state["total_steps"] != self.total_steps:
+        self.bad_epochs, self.cosine_start = int(state["bad_epochs"]), float(state["cosine_start"])
+        falling = self.schedule == "cosine" and step > self.cosine_start
+        if falling and state["total_steps"] != self.total_steps:
             warn("the length of the run has changed: the learning rate jumps to the new cosine")
         for group in self.optimizer.param_groups:  # the run may have been on another kind of device
             group["capturable"] = self.tensor is not None

@@ -17,12 +17,13 @@ import tasks.nth_farthest  # noqa: E402
 import train_nth_farthest  # noqa: E402
 
 make_batch = tasks.nth_farthest.make_batch
+without_length = {"length": True, "short": False}[os.environ["WITHOUT"]]
 
 
 def make_other_batch(batch_size, K, D, generator, device="cpu", shown=None):
     """Draw examples as make_batch does, without one of its ideas."""
     inputs, targets = make_batch(batch_size, K, D, generator, device, shown)
-    if shown is not None and os.environ["WITHOUT"] == "length":
+    if shown is not None and without_length:
         inputs[..., :D] *= (shown[1] / D) ** 0.5
     elif shown is not None:
         empty = inputs[:, :1].repeat(1, K - shown[0], 1)
