@@ -128,9 +128,9 @@ def load_corpus(data: str, vocab_from: str = "all") -> Corpus:
         train, valid, test = (int((getattr(corpus, split) == unk).sum()) for split in SPLITS)
         if not train and valid + test:
             warn(
-                f"{UNK} is {valid:,} words of valid.txt and {test:,} of test.txt, but none of train.txt: the "
+                f"{UNK} occurs in valid.txt ({valid:,}) and test.txt ({test:,}) but not in train.txt: the "
                 "model cannot learn its probability. Replace rare words of train.txt by it, as data_utils.py "
-                "does with a --vocab-size below the number of its words."
+                "does with a --vocab-size below the number of words."
             )
     return corpus
 
@@ -354,7 +354,7 @@ class TokenStreams:
         self.starts = stream * self.shortest + stream.clamp(max=self.num_longer)  # (B,)
 
     def windows(self, bptt: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the windows of `bptt` positions; the last one may be shorter.
+        """Yield the windows of `bptt` positions; the last window may be shorter.
 
         Yields:
             tokens and targets, both (B, t) int64 on the device. Where a stream has ended, the target is
@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "texts", nargs="+", type=Path, metavar="TEXT",
-        help="UTF-8 files, in order; a folder stands for its .txt files in order of name",
+        help="UTF-8 files, in order; a folder means its .txt files, sorted by name",
     )  # fmt: skip
     parser.add_argument(
         "--out",
@@ -425,13 +425,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out or DATA_FOLDER / args.texts[0].resolve().stem
     if any((out / f"{split}.txt").exists() for split in SPLITS):
-        raise UserError(f"{out} contains a corpus already. Choose another folder with --out.")
+        raise UserError(f"{out} already contains a corpus. Choose another folder with --out.")
     if args.vocab_size is not None and args.vocab_size < 3:
         raise UserError(f"--vocab-size must be at least 3, got {args.vocab_size}.")
     text = "\n".join(paragraphs(read_texts(args.texts)))
     lines = [line.split() for line in punctuation.separate(text, args.lower).split("\n")]
     if len(lines) < 3:
-        raise UserError(f"too few lines to be split in three: {len(lines)}. Use a text of 3 or more.")
+        raise UserError(f"too few lines to split into three texts: {len(lines)}. Use at least 3 lines.")
     ends = np.cumsum([len(line) + 1 for line in lines])  # tokens up to the end of each line
     first, second = np.searchsorted(20 * ends, [18 * ends[-1], 19 * ends[-1]], side="right")
     first = np.clip(first, 1, len(lines) - 2)  # every part has a line

@@ -45,15 +45,15 @@ def build_parser() -> flags.Parser:
            "words per sample, including ends of lines and without the prompt")
     option(text, "--samples", flags.positive_int, 1, "N", "number of texts to write")
     option(text, "--prompt", None, "", "TEXT",
-           "first words of every text; if the model does not know one, punctuation is separated, and the "
-           "prompt is lower-cased for a model without capitals")
+           "first words of every text; if one is not in the vocabulary, punctuation is separated, and the "
+           "prompt is lower-cased if the vocabulary has no capitals")
     switch(text, "--detokenize", "join punctuation marks to their words in the output")
     option(text, "--log-interval", flags.positive_int, 100, "WORDS", "words between two progress reports")
     choice = parser.add_argument_group("choice of words")
     option(choice, "--seed", flags.seed_int, 1111, "N", "seed of the random choices")
     option(choice, "--temperature", flags.non_negative_float, 1.0, "X",
-           "divisor of the log-probabilities: below 1 = likelier words; 0 = always the likeliest word")
-    option(choice, "--top-k", flags.non_negative_int, 0, "K", "choose among the K likeliest words; 0 = all")
+           "divisor of the log-probabilities: below 1 = more likely words; 0 = always the most likely")
+    option(choice, "--top-k", flags.non_negative_int, 0, "K", "choose among the K most likely words; 0 = all")
     option(choice, "--top-p", flags.probability, 1.0, "P",
            "choose among the fewest words whose probabilities sum to at least P; 1 = all")
     switch(choice, "--no-unk", f"never write {UNK}")
@@ -73,9 +73,9 @@ def choose(
 
     Args:
         log_probabilities: (B, V).
-        temperature: divisor of the log-probabilities; 0 takes the likeliest word.
-        top_k: keep only the k likeliest words; 0 keeps all.
-        top_p: of these, keep the fewest likeliest words whose probabilities sum to at least top_p.
+        temperature: divisor of the log-probabilities; 0 takes the most likely word.
+        top_k: keep only the k most likely words; 0 keeps all.
+        top_p: of these, keep the fewest most likely words whose probabilities sum to at least top_p.
         banned: ids that are never drawn; not all of them.
         generator: source of randomness, on the tensor's device.
 

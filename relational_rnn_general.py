@@ -390,9 +390,9 @@ class RelationalMemory(nn.Module):
             if tuple(value.shape) != shape:
                 problems.append(f"{name} must have shape {shape}, got {tuple(value.shape)}")
             elif not value.is_floating_point():
-                problems.append(f"{name} must hold floating point numbers, got {value.dtype}")
+                problems.append(f"{name} must contain floating point numbers, got {value.dtype}")
             elif not value.to(parameter.dtype).isfinite().all():
-                problems.append(f"{name} must hold finite numbers within the range of {parameter.dtype}")
+                problems.append(f"{name} must contain finite numbers within the range of {parameter.dtype}")
         if problems:
             raise ValueError("these variables do not fit the core; " + "; ".join(problems))
         with torch.no_grad():
@@ -433,7 +433,7 @@ class RelationalMemory(nn.Module):
                 f"(input_size) after flattening the rest, got {tuple(inputs.shape)}"
             )
         if len(leading) > 1 and inputs.size(1) == 0:
-            raise ValueError("inputs must hold at least one time step, got T = 0")
+            raise ValueError("inputs must contain at least one time step, got T = 0")
         self._check_dtype("inputs", inputs)
         inputs = inputs.flatten(first)
         return inputs if many else inputs.unsqueeze(-2)

@@ -179,7 +179,7 @@ def work_of(model: NthFarthestModel, args: argparse.Namespace) -> float:
 
 
 def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
-    """Measure the best model of a run with the run's own arguments, on the device asked for now."""
+    """Measure the best model of a run with the arguments of the run, on the device of this command line."""
     if distributed.from_environment().is_main:  # seconds of work, not worth sharing
         of_run, device, best = trainer.open_best(script, args, given, frozenset(("cuda", "threads")))
         devices.choose_threads(args.threads, work_of(build_model(of_run), of_run), device)

@@ -34,7 +34,7 @@ def build_parser() -> flags.Parser:
     """Return the script's command line."""
     parser = flags.Parser("train_rmc", __doc__)
     core = parser.add_argument_group("relational memory core")
-    flags.option(core, "--emsize", flags.positive_int, 192, "UNITS", "size of a word's embedding")
+    flags.option(core, "--emsize", flags.positive_int, 192, "UNITS", "embedding size")
     add_core_flags(core, CORE_DEFAULTS)
     language_flags.add_dropout_flags(
         core, "the memory's gates and the queries, keys and values", "what is written into the memory"

@@ -39,7 +39,7 @@ def build_parser() -> flags.Parser:
     network = parser.add_argument_group("recurrent network")
     # fmt: off
     option(network, "--model", None, "LSTM", None, "kind of cell", choices=tuple(LAYERS))
-    option(network, "--emsize", flags.positive_int, 300, "UNITS", "size of a word's embedding")
+    option(network, "--emsize", flags.positive_int, 300, "UNITS", "embedding size")
     option(network, "--nhid", flags.positive_int, 300, "UNITS", "hidden units per layer")
     option(network, "--nlayers", flags.layer_count, 1, "N", "recurrent layers")
     switch(network, "--tied",

@@ -69,8 +69,8 @@ def drop_weights(weights: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
 class WeightAverage:
     """A copy of a model whose weights are an exponential moving average of the model's after each step.
 
-    The average starts as a plain mean, until 1 / (1 - decay) steps, so the initial weights have no share in
-    it.
+    The average starts as a plain mean, until 1 / (1 - decay) steps, and so forgets the initial
+    weights.
 
     Args:
         model: the model in training; the copy is in eval mode.

@@ -55,8 +55,8 @@ def add_flags(parser: flags.Parser, recipes: Sequence[str]) -> None:
     option(training, "--bptt", flags.positive_int, 100, "TOKENS",
            "length of truncated backpropagation, in tokens")
     option(training, "--eval-batch-size", flags.positive_int, 32, "N",
-           "number of parallel streams in evaluation; fewer lose less context; without this flag, --evaluate "
-           "uses the run's value")
+           "number of parallel streams in evaluation; fewer lose less context; --evaluate uses the "
+           "value of the run by default")
     option(training, "--evaluate", None, None, "CHECKPOINT_OR_RUN",
            "only score a checkpoint, or the best model of a run folder, on valid and test; another text "
            "requires --data and a run with --vocab-from train")
@@ -83,9 +83,9 @@ def add_dropout_flags(
     probability("--dropout-output", None, "dropout of the output before the softmax (default: --dropout)")
     group.add_argument(
         "--locked-dropout", action=argparse.BooleanOptionalAction, default=False,
-        help="one mask for all steps of a window in the places above (variational dropout, arXiv:1512.05287)")
+        help="the above use one mask for all steps of a window (variational dropout, arXiv:1512.05287)")
     probability("--dropout-words", 0.0,
-                "probability of dropping a word of the vocabulary from a whole window's input "
+                "probability of dropping a word of the vocabulary from the input of a full window "
                 "(arXiv:1512.05287)")
     probability("--dropout-weights", 0.0,
                 f"weight drop of {recurrent_matrices}, one mask per window (arXiv:1708.02182)")

@@ -446,7 +446,7 @@ def draw_attention(model: NthFarthestModel, inputs: Tensor, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is a notebook's, not installed here
-        say(f"no picture of the attention, which needs matplotlib ({error})")
+        say(f"no picture of the attention, which requires matplotlib ({error})")
         return
     weights = model.attention(inputs)[0].cpu().numpy()  # (T, heads, R, R); the input row is the last one
     steps, heads, rows, _ = weights.shape

@@ -67,7 +67,7 @@ def answer(capsys, monkeypatch):
     return answered
 
 
-def assert_refused(said, *patterns, case=""):
+def assert_rejected(said, *patterns, case=""):
     """Check for one short message with all the patterns, and nothing that looks like an accident."""
     assert said.status == 2, (case, said)
     assert said.err.count("error: ") == 1 and "Traceback" not in said.out + said.err, (case, said)
@@ -135,7 +135,7 @@ def number_flags(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_flags_that_take_numbers_refuse_everything_else(script, answer, capsys):
+def test_flags_that_take_numbers_reject_everything_else(script, answer, capsys):
     parser, tried = importlib.import_module(script).build_parser(), 0
 
     def refusal(*argv):
@@ -155,11 +155,11 @@ def test_flags_that_take_numbers_refuse_everything_else(script, answer, capsys):
             assert flag in message and "must be" in message and "got" in message and value in message
         assert action.nargs == "?" or "expected" in refusal(flag)
     assert tried > 60
-    assert_refused(answer(script, f"{flag}={value}"), flag, re.escape(value), f"See {script}.py --help")
+    assert_rejected(answer(script, f"{flag}={value}"), flag, re.escape(value), f"See {script}.py --help")
 
 
 @pytest.mark.parametrize("script", SMALL)
-def test_the_smallest_numbers_are_refused_or_trained_with(
+def test_the_smallest_numbers_are_rejected_or_trained_with(
     script, answer, tmp_path, trained, stop_after_one_step
 ):
     data = [] if script == "train_nth_farthest" else ["--data", trained["corpus"]]
@@ -174,7 +174,7 @@ def test_the_smallest_numbers_are_refused_or_trained_with(
                 checkpoints.load_checkpoint(saved[0])
                 shutil.rmtree(folder)
             else:
-                assert_refused(said, case=(flag, value))
+                assert_rejected(said, case=(flag, value))
                 assert not folder.exists() or os.listdir(folder) == [], (flag, value)
 
 
@@ -202,7 +202,7 @@ REFUSED = [
     ),
     ("train_rmc", "--cuda", ["--cuda was given but", "Omit --cuda"]),
     ("train_rmc", "--name a/b", ["--name must be", "'a/b'"]),
-    ("train_rnn", "--name taken", ["taken exists already", "Choose another --name"]),
+    ("train_rnn", "--name taken", ["taken already exists", "Choose another --name"]),
     ("train_rnn", "--runs-folder FILE", ["cannot create a run folder in", "Choose another --runs-folder"]),
     ("train_rnn", "--batch-size 2380", ["train.txt and --batch-size", "2,380 tokens", "at most 2,379"]),
     ("train_rmc", "--eval-batch-size 602", ["valid.txt and --eval-batch-size", "at most 601"]),
@@ -211,7 +211,7 @@ REFUSED = [
     ("train_rmc", "--resume FILE", ["file is not a run folder", "Name the folder of a run"]),
     ("train_rmc", "--resume EMPTY", ["not a run folder: there is no .*args.json"]),
     ("train_rmc", "--resume BEGUN", ["there is no .*last.pt: the run ended before its first save"]),
-    ("train_rmc", "--resume OTHER", ["a run of train_rnn.py, this is train_rmc.py"]),
+    ("train_rmc", "--resume OTHER", ["a run of train_rnn.py, not of train_rmc.py"]),
     ("train_rnn", "--resume RUN --emsize 13", ["--emsize cannot change", "12", "13", "Omit --emsize"]),
     ("train_rnn", "--resume RUN --batch_size 64", ["--batch-size cannot change", "14", "64"]),  # the default
     ("train_nth_farthest", "--resume RUN --seed 3", ["--seed cannot change", "1111", "Omit --seed"]),
@@ -229,7 +229,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_flags_that_cannot_be_followed_are_refused(script, answer, monkeypatch, tmp_path, trained):
+def test_flags_that_cannot_be_followed_are_rejected(script, answer, monkeypatch, tmp_path, trained):
     places = {
         "RUN": trained.get(script),
         "OTHER": trained["train_rnn"],
@@ -252,7 +252,7 @@ def test_flags_that_cannot_be_followed_are_refused(script, answer, monkeypatch, 
         argv = [] if {"--resume", "--evaluate", "--checkpoint"} & set(words) else SMALL[script]
         if argv and script != "train_nth_farthest" and "--data" not in words:
             argv = [*argv, "--data", trained["corpus"]]
-        assert_refused(answer(script, *argv, *words), *patterns, case=line)
+        assert_rejected(answer(script, *argv, *words), *patterns, case=line)
         assert os.listdir(tmp_path / "runs") == ["taken"] and os.listdir(places["EMPTY"]) == [], line
         assert sorted(os.listdir(tmp_path)) == ["blank", "empty", "file", "runs"], line
 
@@ -291,5 +291,5 @@ def test_memory_that_runs_out_is_reported_with_what_to_lower(answer, monkeypatch
             if patch is not None:
                 context.setattr(*patch)
             said = answer(script, *SMALL[script], *data, "--runs-folder", tmp_path / "runs", *argv)
-        assert_refused(said, "^out of memory", lower, case=(script, argv))
+        assert_rejected(said, "^out of memory", lower, case=(script, argv))
         assert not (tmp_path / "runs").exists() or os.listdir(tmp_path / "runs") == []

@@ -1,4 +1,4 @@
-"""Checkpoints: plain data, never half written; damaged and foreign files are refused."""
+"""Checkpoints: plain data, never half written; damaged and foreign files are rejected."""
 
 import math
 import os
@@ -34,7 +34,7 @@ def good(tmp_path_factory):
 
 
 def read(path):
-    """Return the model in a file, or None if it is refused with one line."""
+    """Return the model in a file, or None if it is rejected with one line."""
     try:
         return load_model(load_checkpoint(path))[0]
     except UserError as error:
@@ -86,7 +86,7 @@ def test_failed_write_warns_and_keeps_the_earlier_file(tmp_path, monkeypatch, ca
 # ---- damaged files
 
 
-def test_damage_is_refused_or_changes_nothing(good, tmp_path):
+def test_damage_is_rejected_or_changes_nothing(good, tmp_path):
     path, whole, contents = good
     damaged, refused, draw = tmp_path / "damaged.pt", 0, random.Random(3)
     with zipfile.ZipFile(path) as archive:  # every part of the archive: names, headers and data; directory
@@ -143,7 +143,7 @@ def test_reading_runs_no_code(tmp_path, writer):
     assert not mark.exists()
 
 
-def test_foreign_files_are_refused(tmp_path):
+def test_foreign_files_are_rejected(tmp_path):
     path = tmp_path / "c.pt"
     for contents in (
         b"",
@@ -164,7 +164,7 @@ def test_foreign_files_are_refused(tmp_path):
         load_checkpoint(tmp_path / "none.pt")
 
 
-def test_other_versions_are_read_and_other_formats_refused(good, tmp_path):
+def test_other_versions_are_read_and_other_formats_rejected(good, tmp_path):
     path, contents = tmp_path / "other.pt", good[2]
     torch.save({**contents, "project": "0.1"}, path)
     assert_unchanged(read(path), contents)
@@ -190,7 +190,7 @@ def test_other_versions_are_read_and_other_formats_refused(good, tmp_path):
         lambda c: c.update(kind="lstm"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(change, tmp_path):
+def test_parts_that_do_not_fit_are_rejected(change, tmp_path):
     model = RelationalMemoryLM(5, embedding_size=3, mem_slots=2, head_size=2, num_heads=2, key_size=3)
     contents = describe_model("rmc", model, VOCABULARY)
     contents = {**contents, "config": dict(contents["config"]), "words": list(contents["words"])}

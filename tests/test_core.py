@@ -144,7 +144,7 @@ def test_steps_with_resets_equal_the_sequence_and_one_row_resets_the_batch(kind)
             torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
-def test_resets_of_another_type_or_shape_are_refused(kind):
+def test_resets_of_another_type_or_shape_are_rejected(kind):
     core, inputs, fits = make_core(kind), randn(B, T, INPUT), torch.zeros(B, T, dtype=torch.bool)
     for resets in (torch.zeros(B, T), torch.zeros(T, B, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"resets must be bool of shape \(B, T\) = \(2, 5\), got"):
@@ -206,7 +206,7 @@ def test_core_without_gates_has_none_to_return(kind):
 # ---- derivatives
 
 
-def test_plain_class_has_right_second_derivatives_and_fast_class_refuses_them():
+def test_plain_class_has_right_second_derivatives_and_fast_class_rejects_them():
     sizes = {"mem_slots": 2, "head_size": 2, "num_heads": 2, "key_size": 3, "input_size": 3}
     plain, fast = (make_core(kind, **sizes) for kind in (RelationalMemory, FastRelationalMemory))
     inputs, memory = randn(1, 2, 3, requires_grad=True), randn(1, 2, 4, requires_grad=True, seed=2)

@@ -79,8 +79,8 @@ def test_wrong_sonnet_variables_are_all_named_and_nothing_is_copied():
         "missing: layer_norm_1/beta",
         "not of this core: linear_9/w",
         "linear/w must have shape (7, 32), got (32, 7)",
-        "linear/b must hold finite numbers",
-        "linear_1/b must hold floating point numbers",
+        "linear/b must contain finite numbers",
+        "linear_1/b must contain floating point numbers",
     ):
         assert part in str(error.value)
     assert all(torch.equal(p, q) for p, q in zip(core.parameters(), before, strict=True))

@@ -101,7 +101,7 @@ def test_vocabulary_from_train_only(folder, tmp_path):
 def test_an_unk_that_training_never_shows_gives_one_warning(folder, tmp_path, capsys):
     for _ in range(2):  # from the texts and from the cache
         load_corpus(str(folder), vocab_from="train")
-        assert "<unk> is 1 words of valid.txt and 4 of test.txt, but none of train" in capsys.readouterr().err
+        assert "<unk> occurs in valid.txt (1) and test.txt (4) but not in train" in capsys.readouterr().err
     load_corpus(str(write(tmp_path / "shown", "a <unk>\n")), vocab_from="train")
     load_corpus(str(write(tmp_path / "known", "a b c d e <unk>\n")), vocab_from="train")
     assert capsys.readouterr().err == ""
@@ -199,7 +199,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("block", [16, 1 << 20])
-def test_files_that_are_not_utf8_are_refused_with_advice(tmp_path, monkeypatch, kind, block):
+def test_files_that_are_not_utf8_are_rejected_with_advice(tmp_path, monkeypatch, kind, block):
     text, message = REFUSED[kind]
     monkeypatch.setattr(data_utils, "BLOCK_BYTES", block)
     with pytest.raises(UserError, match=message) as error:
@@ -359,7 +359,7 @@ def test_a_book_becomes_a_corpus(tmp_path, monkeypatch, capsys):
         assert (folder / f"{split}.txt").read_text() == "".join(part)
     assert f"{folder / 'train.txt'}: 90 lines, 450 tokens" in out
     assert len(load_corpus("my book").vocabulary) == 104
-    with pytest.raises(UserError, match="contains a corpus already. Choose another folder with --out"):
+    with pytest.raises(UserError, match="already contains a corpus. Choose another folder with --out"):
         data_utils.main([str(book)])
 
 
@@ -397,14 +397,14 @@ def test_every_part_has_a_line(tmp_path, lines):
 @pytest.mark.parametrize(
     "texts, flags, message",
     [
-        ([b"two\nlines\n"], [], "too few lines to be split in three: 2. Use a text of 3"),
+        ([b"two\nlines\n"], [], "too few lines to split into three texts: 2. Use at least 3 lines"),
         ([b"a\n" * 9, b" \n"], [], "1.txt is empty"),
         ([b"a\n" * 9], ["--vocab-size", "2"], "--vocab-size must be at least 3, got 2"),
         ([b"caf\xe9"], [], "0.txt is not UTF-8 text"),
         ([], [], "no .txt file in the folder"),
     ],
 )
-def test_raw_texts_that_are_refused(tmp_path, texts, flags, message):
+def test_raw_texts_that_are_rejected(tmp_path, texts, flags, message):
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_bytes(text)
     with pytest.raises(UserError, match=message):

@@ -20,7 +20,7 @@ SMALL, LARGE = 0.99 * devices.MULTIPLICATIONS_WORTH_A_THREAD, 1.01 * devices.MUL
 # ---- devices
 
 
-def test_process_without_its_own_gpu_is_refused(monkeypatch):
+def test_process_without_its_own_gpu_is_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")

@@ -162,7 +162,7 @@ def member(rank, world_size, port, folder):
 
 
 def place_of(rank, world_size, port):
-    """Return torchrun's variables. Like torchrun's, the key-value store at the port exists already."""
+    """Return torchrun's variables. Like torchrun's, the key-value store at the port already exists."""
     place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
     place |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
     return {name: str(value) for name, value in place.items()}
@@ -461,7 +461,7 @@ def test_incomplete_environment_is_reported_after_the_command_line(monkeypatch, 
         (2, 3, 1, r"Try 3\."),
     ],
 )
-def test_uneven_batch_is_refused_with_sizes_that_fit(batch, world_size, micro_batches, message):
+def test_uneven_batch_is_rejected_with_sizes_that_fit(batch, world_size, micro_batches, message):
     with pytest.raises(UserError, match=message):
         Processes(0, world_size).check_batch("--batch-size", batch, micro_batches)
 

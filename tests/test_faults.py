@@ -248,7 +248,7 @@ def test_run_folder_that_is_away_for_a_while(corpus, whole, tmp_path, monkeypatc
     assert_same_run(whole, run)
 
 
-def test_run_folder_in_use_is_refused(whole, tmp_path):
+def test_run_folder_in_use_is_rejected(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     with runs.locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training in"):

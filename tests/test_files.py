@@ -1,4 +1,4 @@
-"""Files that are whole or absent, links, and the check before long work."""
+"""Files that are complete or absent, links, and the check before long work."""
 
 import os
 

@@ -212,7 +212,7 @@ def test_dash_prints_the_text_and_writes_no_file(trained, tmp_path, monkeypatch,
     assert len(text.replace("\n", " <eos> ").split()) == 6  # the words and the end of the last line
 
 
-def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
+def test_output_that_cannot_be_written_is_rejected_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(language_modeling, "load_model", None)
     for outf in (tmp_path, tmp_path / "none" / "text.txt"):
         with pytest.raises(UserError, match="cannot write .*Give a file"):

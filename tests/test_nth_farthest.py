@@ -371,7 +371,7 @@ def test_picture_of_the_attention_is_drawn_or_its_absence_explained(tmp_path, mo
     assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     assert script.main(["--evaluate", str(folder)]) == 0
-    assert "no picture of the attention, which needs matplotlib" in capsys.readouterr().out
+    assert "no picture of the attention, which requires matplotlib" in capsys.readouterr().out
     _, folder = train(tmp_path, "--steps", 1, "--model", "lstm", name="lstm")  # has no attention
     assert not (folder / "attention.png").exists()
 

@@ -133,11 +133,11 @@ def test_mistakes_are_answered(tmp_path, monkeypatch):
         ([good, words], "x.png", {}, "cannot share a plot"),
         ([good], "no/such/folder.png", {}, "cannot write"),
         ([good], "x.png", {"against": ["epochs"]}, "no epochs"),
-        ([good], "x.png", {"labels": ["a", "b"]}, "needs 1 texts, got 2. The groups are: good"),
+        ([good], "x.png", {"labels": ["a", "b"]}, "requires 1 texts, got 2. The groups are: good"),
     ]:
         with pytest.raises(UserError, match=message):
             plot_runs.draw_runs(paths, tmp_path / out, **more)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match="need matplotlib.*pip install -r requirements-extra.txt"):
+    with pytest.raises(UserError, match="require matplotlib.*pip install -r requirements-extra.txt"):
         plot_runs.draw_runs([good], tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()

@@ -71,7 +71,7 @@ def test_a_run_of_a_study_can_be_named_with_its_study(tmp_path):
     assert names([tmp_path / "study.jsonl", tmp_path / "runs" / "b"]) == ["a-1", "a-2", "study/b", "runs/b"]
 
 
-def test_paths_that_cannot_be_read_are_refused(tmp_path):
+def test_paths_that_cannot_be_read_are_rejected(tmp_path):
     (tmp_path / "empty").mkdir()
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"name": "x"}\n')

@@ -34,7 +34,7 @@ def test_plain_names_are_accepted_once(tmp_path, name):
     assert create(tmp_path, name).name == name
     quoted = shlex.quote(str(tmp_path / name))
     with pytest.raises(
-        UserError, match="exists already.*or resume that run: python .*train_rmc.py"
+        UserError, match="already exists.*or resume that run: python .*train_rmc.py"
     ) as caught:
         create(tmp_path, name)
     assert str(caught.value).endswith(f"--resume {quoted}")
@@ -42,7 +42,7 @@ def test_plain_names_are_accepted_once(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a:b", "a b", "-x", ".hidden", "x" * 101, "a\n"])
-def test_other_names_are_refused(tmp_path, name):
+def test_other_names_are_rejected(tmp_path, name):
     with pytest.raises(UserError, match="--name must be"):
         create(tmp_path, name)
     assert os.listdir(tmp_path) == []
@@ -151,7 +151,7 @@ def test_resumed_arguments_are_those_of_the_run(started):
     assert os.listdir(started) == ["args.json"]
 
 
-def test_broken_args_json_is_refused(started):
+def test_broken_args_json_is_rejected(started):
     for text in ("", "[]", "{}", '{"script": "script", "arguments": 3}', "\0", "[" * 100_000):
         (started / "args.json").write_text(text)
         with pytest.raises(UserError, match="cannot be read"):
@@ -164,7 +164,7 @@ def test_broken_args_json_is_refused(started):
     + [{"seed": {}}, {"sizes": []}, {"save_every": math.nan}, {"width": 7.5}, {"bias": "--bf16"}]
     + [{"width": None}, {"width": False}, {"cuda": None}],
 )  # fmt: skip
-def test_altered_arguments_are_refused(started, change):
+def test_altered_arguments_are_rejected(started, change):
     record = json.loads((started / "args.json").read_text())
     record["arguments"].update(change)
     (started / "args.json").write_text(json.dumps(record))

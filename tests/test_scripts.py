@@ -247,7 +247,7 @@ def test_a_finished_run_without_best_pt_says_so(copied):
         train_rnn.main(["--resume", str(folder)])
 
 
-def test_resume_refuses_another_text(copied, tmp_path):
+def test_resume_rejects_another_text(copied, tmp_path):
     other = write_corpus(tmp_path / "other", seed=6)
     with pytest.raises(UserError, match="not the one that this run was started on"):
         train_rnn.main(["--resume", str(copied / "train_rnn"), "--epochs", "2", "--data", str(other)])
@@ -259,7 +259,7 @@ def test_resume_refuses_another_text(copied, tmp_path):
     + [({"offset": -15}, "offset is -15"), ({"offset": 171}, "offset is 171"), ({"epoch": 0}, "epoch is 0")]
     + [({"seconds": math.nan}, "seconds is nan"), ({"step": True}, "step is True"), (None, "KeyError")],
 )
-def test_altered_position_is_refused(copied, change, found):
+def test_altered_position_is_rejected(copied, change, found):
     folder = copied / "train_rnn"
     last = checkpoints.load_checkpoint(folder / "last.pt")
     last["position"] = {} if change is None else {**last["position"], **change}

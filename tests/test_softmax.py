@@ -85,7 +85,7 @@ def test_label_with_vanishing_probability_has_its_exact_loss(dtype, with_bias):
     torch.testing.assert_close(*(torch.autograd.grad(result, leaves) for result in results))
 
 
-def test_second_derivative_is_refused():
+def test_second_derivative_is_rejected():
     hidden = doubles(ROWS, E)
     nats = linear_cross_entropy(hidden, doubles(V, E), None, torch.randint(V, (ROWS,)))
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -178,12 +178,12 @@ def test_chosen_cutoffs():
 
 
 @pytest.mark.parametrize("cutoffs", [[], [0, 5], [5, 5], [11, 4], [4, V], [4.0], ["4"]])
-def test_bad_cutoffs_are_refused_with_a_suggestion(cutoffs):
+def test_bad_cutoffs_are_rejected_with_a_suggestion(cutoffs):
     with pytest.raises(ValueError, match=r"cutoffs must be increasing.*size 23, got \[.*Try --cutoffs 5\."):
         AdaptiveSoftmax(E, V, cutoffs)
 
 
 @MAKE
-def test_target_beyond_the_vocabulary_is_refused_with_the_size(make):
+def test_target_beyond_the_vocabulary_is_rejected_with_the_size(make):
     with pytest.raises((IndexError, RuntimeError), match=r"\b23\b.*\b(23|out of bounds)\b.*23"):
         make()(torch.randn(2, E), torch.tensor([1, 23]))

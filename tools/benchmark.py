@@ -6,12 +6,12 @@ of Nth farthest, or one time step of one sequence without gradients, as in gener
     RMC                FastRelationalMemory, as the scripts train it, in milliseconds
     plain core         the same model with RelationalMemory, the loop that is easy to read
     old port's way     the plain core, with embedding and softmax inside the time loop and an Adam that is not
-                       fused, as L0SG/relational-rnn-pytorch steps
+                       fused, as in L0SG/relational-rnn-pytorch
     LSTM, equal size   a model with equally many parameters whose recurrent part is torch's fused LSTM
 
 All but the first are multiples of the RMC's time. The variants of a row take turns, round after round, in
-rotating order, so that a busy machine slows them alike. Times are medians with the smallest and the largest;
-a multiple is the median of the multiples within each round.
+rotating order, so that a busy machine slows all of them equally. Times are medians with the smallest and the
+largest; a multiple is the median of the multiples within each round.
 
 Examples: python tools/benchmark.py --threads 1 --clock cpu > cpu.md
           python tools/benchmark.py --cuda > gpu.md
@@ -243,7 +243,7 @@ def ratio(own: Sequence[float], other: Sequence[float]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table that the command line asks for."""
+    """Print the table that the command line specifies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="small vocabulary and batches")
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="rows to measure: lm (language models), nth (Nth farthest), step (a single step)")  # fmt: skip
     add("--rounds", type=flags.positive_int, default=7, metavar="N", help="samples of each variant")
     add("--seconds", type=flags.positive_float, default=90.0, metavar="S",
-        help=f"a row gets no further round after this wall time and {FEWEST_ROUNDS} rounds")  # fmt: skip
+        help=f"end a row after this wall time, but not before {FEWEST_ROUNDS} rounds")  # fmt: skip
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time of all threads, for a busy machine; best with --threads 1")  # fmt: skip
     add("--cuda", action="store_true", help="measure on the GPU")

@@ -19,8 +19,8 @@ import run_files
 
 
 def pack(folder: Path) -> str:
-    """Return the line of a study file that holds a run folder's arguments and log."""
-    run_files.read_run_folder(folder)  # refuses a damaged run
+    """Return the line of a study file for a run folder: its arguments and its log."""
+    run_files.read_run_folder(folder)  # rejects a damaged run
     record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     log = list(runs.log_events(folder / "log.jsonl"))
     entry = {"name": folder.resolve().name, "args": record, "log": log}

@@ -1,9 +1,9 @@
 """Draw the curves of finished runs and of runs in progress into a PNG.
 
 Language models: validation perplexity, of the averaged weights once they are better. Other tasks: test
-accuracy. Nth farthest has lines for chance (1/K), for the plateau (2/K: a model that only knows that the
-nearest vector is the reference itself) and, at the paper's size, for the paper's RMC (91 %). Runs that differ
-only in their seed have the same color.
+accuracy. Nth farthest has lines for chance (1/K), for the plateau (2/K: a model that has learned only that
+the nearest vector is the reference itself) and, at the paper's size, for the paper's RMC (91 %).
+Runs that differ only in their seed have the same color.
 
 Paths are run folders, folders with runs, study files (STUDY.jsonl, made by tools/pack_runs.py), or STUDY/NAME
 for one run of a study file.
@@ -90,7 +90,7 @@ def draw(
         from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
     except ImportError as error:
         raise UserError(
-            f"plots need matplotlib, which cannot be imported ({error}). "
+            f"plots require matplotlib, which cannot be imported ({error}). "
             "Install it with: pip install -r requirements-extra.txt"
         ) from None
     found = [run for members in groups for run in members]
@@ -164,14 +164,14 @@ def draw_runs(
     if len({run.kind for run in found}) > 1:
         raise UserError(
             f"{' and '.join(sorted({run.kind for run in found}))} runs cannot share a plot. Give the runs of "
-            "one kind, for example with runs/train_rmc-* in place of runs."
+            "one kind, for example with runs/train_rmc-* instead of runs."
         )
     if not words and "epochs" in (against or ()):
         raise UserError(f"{found[0].kind} runs have no epochs. Use --against steps wall.")
     groups = run_files.group(found)
     if labels is not None and len(labels) != len(groups):
         names = "; ".join(", ".join(run.name for run in members) for members in groups)
-        raise UserError(f"--labels needs {len(groups)} texts, got {len(labels)}. The groups are: {names}.")
+        raise UserError(f"--labels requires {len(groups)} texts, got {len(labels)}. The groups are: {names}.")
     against = against or ["epochs" if words else "steps"]
     merged: dict[str, list[Run]] = {}
     for label, members in zip(labels or name_groups(groups), groups, strict=True):
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--against", nargs="+", choices=list(AXES),
         help="horizontal axes, one panel for each (default: epochs, or else steps)")  # fmt: skip
     add("--labels", nargs="+", metavar="TEXT",
-        help="legends, one for each group of runs that differ only in their seed")  # fmt: skip
+        help="labels of the legend, one for each group of runs that differ only in their seed")  # fmt: skip
     add("--training", action="store_true", help="also draw training perplexity or accuracy, dashed")
     args = parser.parse_args(argv)
     count = draw_runs(args.paths, args.outf, args.against, args.labels, args.training)

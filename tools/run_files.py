@@ -1,7 +1,7 @@
 """Read training runs for the other tools.
 
-A run is given as its run folder (args.json and log.jsonl), as a folder that holds run folders or study files,
-directly or one level below, or as a study file. A study file NAME.jsonl holds one run per line:
+A run is given as its run folder (args.json and log.jsonl), as a folder that contains run folders or study
+files, directly or one level below, or as a study file. A study file NAME.jsonl contains one run per line:
 
     {"name": ..., "args": <content of args.json>, "log": [<events of log.jsonl>]}
 

@@ -98,7 +98,7 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
     kind = checkpoint.get("kind")
     if kind not in kinds:
         raise UserError(
-            f"the checkpoint holds a model of kind {kind!r}, expected {' or '.join(map(repr, kinds))}. "
+            f"the checkpoint contains a model of kind {kind!r}, expected {' or '.join(map(repr, kinds))}. "
             "Choose a checkpoint of that kind."
         )
     try:

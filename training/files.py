@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.console import UserError
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that `path` is at every moment absent, the old whole file or the new whole file.
+    """Write a file so that `path` is at every moment absent, the complete old file or the complete new file.
 
     A symbolic link stays, and its target is replaced.
 

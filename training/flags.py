@@ -172,7 +172,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
            "continue an earlier run from its last.pt, with its arguments")
     switch(run, "--bf16",
            "train with matrix products in bfloat16; softmax, norms, memory and evaluation stay in float32; "
-           "torch's fused recurrent layers also do on a GPU, and on a CPU without a bfloat16 LSTM")
+           "so do torch's fused recurrent layers on a GPU, and on a CPU without a bfloat16 LSTM")
     switch(run, "--strict-float32",
            "no TF32 in matrix products on a GPU (TF32 is faster and rounds to 10 bits)")
     switch(run, "--no-cuda-graph",
@@ -198,7 +198,8 @@ def add_step_flags(group: argparse._ArgumentGroup, steps: int, batch_size: int, 
            choices=("constant", "cosine"))
     option(group, "--clip", non_negative_float, 0.1, "NORM",
            "clip the gradient to this L2 norm; 0 = no clipping")
-    option(group, "--evaluate", None, None, "RUN_FOLDER", "only measure a run's best.pt on fresh examples")
+    option(group, "--evaluate", None, None, "RUN_FOLDER",
+           "only measure the best.pt of a run on fresh examples")
     # fmt: on
 
 
@@ -272,4 +273,4 @@ def warn_of_ignored(parser: Parser, given: Mapping[str, Any], used: frozenset[st
     """Warn about flags that --evaluate does not use."""
     ignored = [parser.flag(name) for name in given if name not in used | {"evaluate"}]
     if ignored:
-        warn(f"--evaluate ignores {', '.join(ignored)}: the model's own arguments apply")
+        warn(f"--evaluate ignores {', '.join(ignored)}: the arguments of the model apply")

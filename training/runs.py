@@ -98,7 +98,7 @@ def create_run_folder(root: str | Path, name: str | None, script: str, record: d
                 if name is not None:
                     resume = command(script, "--resume", folder)
                     raise UserError(
-                        f"{folder} exists already. Choose another --name, or resume that run: {resume}"
+                        f"{folder} already exists. Choose another --name, or resume that run: {resume}"
                     ) from None
                 attempt += 1
                 folder = root / f"{base}-{attempt}"
@@ -208,7 +208,7 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}). Start a new run.") from None
     if started_by != script:
-        raise UserError(f"{folder} is a run of {started_by}.py, this is {script}.py. Use {started_by}.py.")
+        raise UserError(f"{folder} is a run of {started_by}.py, not of {script}.py. Use {started_by}.py.")
     return saved
 
 
@@ -285,7 +285,7 @@ def drop_repeated(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
     An event {"event": "resume", "step": s} cancels all earlier events after step s. A run that was killed
     between logging and saving logs that step again: of two events of one kind at one step, the later one
-    counts, in the place of the earlier one.
+    counts instead of the earlier one.
     """
     kept: dict[tuple[Any, Any], dict[str, Any]] = {}  # by kind and step
     for event in events:

@@ -430,7 +430,8 @@ class Trainer:
         path = self.folder / "best.pt"
         if not path.is_file():
             raise UserError(
-                f"{path} is missing: it was deleted or could not be written. Train on, or start a new run."
+                f"{path} is missing: it was deleted or could not be written. Resume the run, or start "
+                "a new one."
             )
         return checkpoints.load_checkpoint(path, device)
 
