@@ -66,10 +66,10 @@ def test_bfloat16_keeps_the_expectation_and_the_type():
 def test_word_dropout_equals_a_masked_matrix(masks):
     embedding = nn.Embedding(V, E).double()
     torch.manual_seed(1)
-    words = torch.randint(4, (40, B))  # few words, so each occurs often
+    words = torch.randint(V, (40, B))
     dropped = regularization.drop_words(embedding(words), words, V, 0.5, True)
     expected = (embedding.weight * masks[0])[words]
-    assert masks[0].shape == (V, 1) and 0 < (masks[0][:4] == 0).sum() < 4
+    assert masks[0].shape == (V, 1) and 0 < (masks[0] == 0).sum() < V
     torch.testing.assert_close(dropped, expected, rtol=0, atol=0)
     found = (torch.autograd.grad(x.square().sum(), embedding.weight) for x in (dropped, expected))
     torch.testing.assert_close(*found, **EXACT)
