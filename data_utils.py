@@ -2,7 +2,7 @@
 
 A corpus is a folder with train.txt, valid.txt and test.txt in UTF-8. Words are what `str.split` returns, a
 line ends at a line feed, and every line, blank or not, ends in one `<eos>` token. A line that already ends in
-the word `<eos>` gets no second one. Byte order marks at the start of a line or inside a word are removed.
+the word `<eos>` stays as it is. Byte order marks at the start of a line or inside a word are removed.
 Carriage returns count as white space.
 
 This command makes a corpus, here data/book, from any text:
@@ -388,7 +388,7 @@ def paragraphs(texts: list[str]) -> list[str]:
 
 
 def read_texts(paths: list[Path]) -> list[str]:
-    """Return the texts of files, and of the .txt files of folders in order of name."""
+    """Return the texts of files, and of the .txt files of folders, sorted by name."""
     texts = []
     for path in paths:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]

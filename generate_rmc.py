@@ -1,4 +1,4 @@
-"""Write text with a language model trained by train_rmc.py or train_rnn.py.
+"""Generate text with a language model trained by train_rmc.py or train_rnn.py.
 
 Example: python generate_rmc.py --words 200 --prompt "the history of"
 """
@@ -143,8 +143,8 @@ def to_text(words: Sequence[str]) -> str:
 def encode_prompt(prompt: str, vocabulary: Vocabulary) -> list[int]:
     """Return the ids of the prompt's words.
 
-    If the vocabulary lacks a word, the prompt is read as `data_utils.py` would, unless this makes more words
-    unknown. Words that are still unknown become `<unk>`. Both give a warning.
+    If a word is not in the vocabulary, the prompt is split as by `data_utils.py`, unless this makes more
+    words unknown. Words that are still unknown become `<unk>`. Both give a warning.
 
     Raises:
         UserError: there are unknown words and the vocabulary has no `<unk>`.

@@ -129,7 +129,7 @@ def _difference(
             return None
         return (
             "relational_rnn_general.py and relational_rnn_fast.py compute different results after an edit "
-            "(make the same edit in both to make it fast again: docs/change_the_maths.md)"
+            "(make the same edit in both to make it fast again: docs/change_the_math.md)"
         )
 
     # In a thread of its own, no mode of the caller is active: no_grad, autocast, a default device and others.

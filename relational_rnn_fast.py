@@ -5,11 +5,11 @@ as in relational_rnn_general.py. F = H * (2K + V) is the number of features of t
 a row, G that of the gates.
 
 Three things make it fast:
-    * What depends on the inputs only is computed for all time steps at once (_hoist): the projected input
+    * What depends only on the inputs is computed for all time steps at once (_hoist): the projected input
       rows, their queries, keys and values, and their part of the gates.
-    * The last block computes the memory rows only. It needs only the keys and values of the input rows.
+    * The last block computes only the memory rows. It needs only the keys and values of the input rows.
     * The backward pass is written by hand (_Scan, _Window). It computes the gradient of a recurrent weight in
-      products over many time steps; one small product per step would read and write the whole weight T times.
+      products over many time steps; one small product per step would read and write the full weight T times.
 
 The hand-written pass supports only plain linear layers and layer norms. The class runs the loop of
 RelationalMemory if relational_rnn_checks.py finds that the results would differ: a layer was replaced or has

@@ -4,7 +4,7 @@ original module.
 This file imports only torch and can be copied into another project as it is. relational_rnn_fast.py has a
 faster class with the same parameters and results, whose hand-written pass repeats the math of this file.
 After an edit here that class finds that the results differ, warns once and runs the loop of this file, in
-training too (docs/change_the_maths.md).
+training too (docs/change_the_math.md).
 
 Shapes named in the comments of this file:
     B batch   T time steps   N mem_slots   M input_rows   R = N + M rows that attend to each other

@@ -38,9 +38,9 @@ class RelationalMemoryLM(LanguageModel):
             the memory's gates and the queries, keys and values. They correspond to weight_hh of an LSTM. The
             attention MLP is not dropped: its input is normalized attention output.
         dropout_candidate: probability of dropping a feature of the candidate, which is written into the
-            memory; the rest of the memory stays, which requires gates. As in Semeniuta
-            et al. 2016 (arXiv:1603.05118), with one mask for all steps of a window as in Gal & Ghahramani
-            2016 (arXiv:1512.05287).
+            memory; requires gates, because the rest of the memory stays. As in Semeniuta et al. 2016
+            (arXiv:1603.05118), with one mask for all steps of a window as in Gal & Ghahramani 2016
+            (arXiv:1512.05287).
         core: keyword arguments of RelationalMemory; CORE_DEFAULTS has the defaults.
 
     Raises:

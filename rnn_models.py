@@ -39,8 +39,7 @@ class RNNLM(LanguageModel):
         locked_dropout: see LanguageModel; it also locks the dropout between layers.
         dropout_weights: see LanguageModel; it acts on weight_hh of every layer.
         dropout_candidate: LSTM with fused=False only: probability of dropping a unit of what is added to the
-            cells; their present values stay. As in Semeniuta et al. 2016
-            (arXiv:1603.05118), with one mask for all steps of a window.
+            cells, as in Semeniuta et al. 2016 (arXiv:1603.05118), with one mask for all steps of a window.
 
     Raises:
         ValueError: an argument is outside its range; the message names it.

@@ -3,7 +3,7 @@
 Example: python train_rmc.py --recipe tiny --epochs 2 --threads 1 --name attention
          python docs/draw_attention.py runs/attention --outf attention.png
 
-The model must have one memory slot and the words of data/tiny. Needs matplotlib.
+The model must have one memory slot and the words of data/tiny. Requires matplotlib.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The sources:
     locked dropout      one mask for all time steps of a window: Gal & Ghahramani 2016, arXiv:1512.05287
     word dropout        whole rows of the embedding, one mask per window: arXiv:1512.05287; one mask for the
-                        whole batch, as in Merity, Keskar & Socher 2018, arXiv:1708.02182, section 4.3
+                        full batch, as in Merity, Keskar & Socher 2018, arXiv:1708.02182, section 4.3
     weight drop         entries of the recurrent matrices, one mask per window: arXiv:1708.02182, after Wan
                         et al. 2013
 
@@ -69,8 +69,7 @@ def drop_weights(weights: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
 class WeightAverage:
     """A copy of a model whose weights are an exponential moving average of the model's after each step.
 
-    The average starts as a plain mean, until 1 / (1 - decay) steps, and so forgets the initial
-    weights.
+    The average starts as a plain mean, until 1 / (1 - decay) steps, so that the initial weights drop out.
 
     Args:
         model: the model in training; the copy is in eval mode.

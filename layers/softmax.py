@@ -19,7 +19,7 @@ CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 class FullSoftmax(nn.Module):
-    """Linear layer to the whole vocabulary with softmax cross-entropy.
+    """Linear layer to the full vocabulary with softmax cross-entropy.
 
     Args:
         hidden_size: features H of the hidden vectors.
@@ -153,7 +153,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     """Return the summed cross-entropy in nats of softmax(hidden @ weight.T + bias), computed in chunks.
 
     The gradients are computed in the forward pass, CHUNK_ROWS rows of logits at a time, because the logits of
-    a whole window would be by far its largest array. `plain_linear_cross_entropy` is the same function
+    a full window would be by far its largest array. `plain_linear_cross_entropy` is the same function
     without chunks. Under autocast the products have the lower precision; the softmax and the sums do not.
 
     Args:
@@ -253,7 +253,7 @@ def _softmax_at_once(scores, label, chunk, weight, bias):
 
     On a CPU the exponentials take longer than anything but the products. They are computed once, and the
     logarithm is taken of the labels' probabilities only. Rows in which this probability is below _FADED are
-    computed again. Looking for these rows would make a GPU wait, so on a GPU log_softmax is used.
+    computed again. Finding these rows would synchronize with a GPU, so on a GPU log_softmax is used.
     """
     probabilities = torch.softmax(scores, dim=1, out=scores)
     picked = probabilities.gather(1, label)

@@ -10,7 +10,7 @@ from training.flags import finite_float, layer_count, non_negative_int, option, 
 
 
 def add_core_flags(group: argparse._ArgumentGroup, core: Mapping[str, Any]) -> None:
-    """Add the flags of the relational memory core. `core` has their defaults by the core's own names."""
+    """Add the flags of the relational memory core. `core` maps the core's arguments to defaults."""
     # fmt: off
     option(group, "--memslots", positive_int, core["mem_slots"], "N", "rows of the memory matrix")
     option(group, "--headsize", positive_int, core["head_size"], "UNITS",

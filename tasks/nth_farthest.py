@@ -244,8 +244,8 @@ class Stage:
 class NthFarthest(Task):
     """Training on fresh examples of the task, of a curriculum's stages first.
 
-    All processes draw the same whole batch and each takes its own examples, so that N processes train on what
-    one process would.
+    All processes draw the same batch and each takes its own examples, so that N processes train on the
+    same examples as one.
 
     Args:
         model: on `device`.

@@ -58,7 +58,7 @@ def test_edit_of_the_readable_core_trains_with_one_warning(corpus_folder, tmp_pa
 
 def test_example_of_the_page_on_changes_is_fast_again_after_its_port(tmp_path):
     copy_project(tmp_path / "project")
-    page = (ROOT / "docs" / "change_the_maths.md").read_text()
+    page = (ROOT / "docs" / "change_the_math.md").read_text()
     (command,) = re.findall(r'^    python -c "(.*)"$', page, re.MULTILINE)
 
     def obstacle():

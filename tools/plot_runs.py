@@ -53,7 +53,7 @@ def points(run: Run, against: str, training: bool = False) -> tuple[list[float],
 
     Args:
         against: a key of AXES.
-        training: the training perplexity or accuracy in place of that in validation or test.
+        training: the training perplexity or accuracy instead of that in validation or test.
     """
     _, x, factor = AXES[against]
     event, fields, scale = "valid", ["train_ppl"] if training else ["ppl", "average_ppl"], 1

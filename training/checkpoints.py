@@ -46,7 +46,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
     Args:
         path: a file written by `save_checkpoint`.
-        device: device of its tensors, whatever device they were saved from.
+        device: device of the loaded tensors.
 
     Raises:
         UserError: the file is missing, damaged, not a checkpoint of this project, or of another format.
@@ -115,7 +115,7 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless the tensors of an optimizer's state have their parameter's shape and type.
+    """Raise ValueError unless the tensors of an optimizer's state have the shape and type of their parameter.
 
     torch's fused kernels do not check this and would write beyond the end of a smaller tensor.
     """

@@ -23,8 +23,8 @@ WARMUP_CALLS = 3
 class CapturedStep:
     """A function of tensors. On a GPU it is captured once and then replayed; elsewhere it is called directly.
 
-    Every call does the function's work exactly once, the eager calls before the capture included, so that
-    weights, optimizer and random generators end up the same with and without graphs.
+    Every call does the work of the function exactly once, including the eager calls before the capture, so
+    that weights, optimizer and random generators end up the same with and without graphs.
 
     A function that is to be captured must:
         * use the same shapes and the same operations in every call, and never wait for the device;

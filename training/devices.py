@@ -100,7 +100,7 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for the next allocation. Return False with another C library.
 
     A training step on a CPU allocates and frees hundreds of megabytes in large blocks. By default glibc
-    returns them to the system, which then clears every page again.
+    returns them to the system, which then zeroes every page.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -129,7 +129,7 @@ class Processes:
             self.all_max(0)
 
     def check_same(self, what: str, value: Any) -> None:
-        """Raise UserError unless all processes have the main process's value."""
+        """Raise UserError unless all processes have the value of the main process."""
         if self.broadcast(lambda: value) != value:
             raise UserError(f"{what} differs between the hosts. Use the same files and flags on all of them.")
 
@@ -274,9 +274,9 @@ class FlatGradients:
     """The gradients of a model as views of one tensor, into which backward passes add.
 
     One all-reduce sums everything after the backward pass. DistributedDataParallel would send parts of the
-    gradient during the backward pass, but a CUDA graph can hold the backward pass only without communication,
-    and launching the RMC's many small operations one by one costs more than the overlap saves. The
-    micro-batches of `--accumulate` add into the same tensor.
+    gradient during the backward pass, but a CUDA graph can contain the backward pass only without
+    communication, and launching the RMC's many small operations one by one costs more than the overlap saves.
+    The micro-batches of `--accumulate` add into the same tensor.
 
     Args:
         parameters: of one dtype and on one device; their `grad` is set and must stay.

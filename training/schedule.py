@@ -18,7 +18,7 @@ class LearningRate:
     """Sets an optimizer's learning rate before every step.
 
     Args:
-        lr: the highest learning rate.
+        lr: the peak learning rate.
         schedule: 'constant', 'cosine' (to 0 after the last step) or 'plateau' (see `end_epoch`).
         warmup: steps in which it grows linearly from 0.
         total_steps: length of the run, for the cosine.
@@ -26,7 +26,7 @@ class LearningRate:
         device: on a CUDA device the learning rate is a tensor that stays in place, because a captured step
             reads it at each replay.
 
-    Except for the plateau, the learning rate depends on the step only.
+    Except for the plateau, the learning rate depends only on the step.
     """
 
     def __init__(

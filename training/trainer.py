@@ -50,14 +50,14 @@ class Interrupted(Exception):
 
 
 class Task:
-    """A model and what it is trained on: all that the engine takes from a task.
+    """A model and what it is trained on: all that the engine uses of a task.
 
     Attributes:
         model: the model in training, on its device; `config` has its constructor's arguments as plain data.
         kind: what checkpoints call the model.
         total_steps: steps of the full run.
         full_count: targets of a full batch; only full batches are captured as CUDA graphs.
-        can_be_captured: whether a step never waits for the GPU.
+        can_be_captured: whether a step never synchronizes with the GPU.
         sums: names of the sums that `losses` returns, plural nouns.
         state: the recurrent state of this process's examples, carried from step to step and changed in place,
             (examples, ...), or None.
@@ -513,7 +513,7 @@ class Script:
 def open_best(
     script: Script, args: argparse.Namespace, given: Mapping[str, Any], used: frozenset[str]
 ) -> tuple[argparse.Namespace, torch.device, dict[str, Any]]:
-    """Return what --evaluate needs: the run's arguments, the device asked for now, and the run's best.pt.
+    """Return what --evaluate needs: arguments and best.pt of the run, and the device of this command line.
 
     Args:
         script: the run's.
@@ -540,7 +540,7 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
 
     Args:
         script: what to run.
-        argv: the command line; None for the process's own.
+        argv: the command line; None for that of the process.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped the run.
