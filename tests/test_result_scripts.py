@@ -46,7 +46,7 @@ def run(script, tmp_path, *words, unfinished="nothing"):
         ("wikitext2/run_gpu.sh", 74),
         ("nth_farthest/run_gpu.sh", 4),
         ("nth_farthest/sweep.sh", 76),
-        ("nth_farthest/curriculum.sh", 8),
+        ("nth_farthest/curriculum.sh", 9),
         ("learning_to_execute/run.sh", 12),
         ("recipe_cpu/run.sh", 16),
         ("wikitext2_pair/run.sh", 52),

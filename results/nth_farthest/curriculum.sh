@@ -20,6 +20,7 @@ run() {
 }
 
 for seed in 1 2 3; do run "seed$seed" --seed "$seed"; done
+run wide --seed 1 --numheads 8 --outputunits 256
 run lstm --seed 1 --model lstm --nhid 300
 run adam --seed 1 --optimizer adam
 run no-curriculum --seed 1 --curriculum 8x16
