@@ -16,10 +16,11 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training import devices, distributed, flags, trainer
+from training import devices, distributed, flags
 from training.distributed import Processes
 from training.flags import option
-from training.trainer import Script, Trainer
+from training.script import Script, open_best, run
+from training.trainer import Trainer
 
 import torch
 
@@ -86,7 +87,7 @@ def build(args: argparse.Namespace, device: torch.device, processes: Processes) 
 
 def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Measure the best model of a run with the arguments of the run, on the device of this command line."""
-    of_run, device, best = trainer.open_best(script, args, given, frozenset(("cuda", "threads", "show")))
+    of_run, device, best = open_best(script, args, given, frozenset(("cuda", "threads", "show")))
     devices.choose_threads(args.threads, 0, device)
     task.measure(best, of_run, device, args.show or 0)
     return 0
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = flags.parse(parser, SCRIPT, given, RECIPES, RESUME_MAY_CHANGE)
         task.show_examples(task.write_programs(args, args.show, random.Random(task.FINAL_TEST_SEED)))
         return 0
-    return trainer.run(Script(SCRIPT, parser, build, evaluate_run, RECIPES, RESUME_MAY_CHANGE), argv)
+    return run(Script(SCRIPT, parser, build, evaluate_run, RECIPES, RESUME_MAY_CHANGE), argv)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import devices, distributed, flags, trainer
+from training import devices, distributed, flags
 from training.console import UserError
 from training.distributed import Processes
 from training.flags import option
 from training.muon import MuonWithAdam
-from training.trainer import Script, Trainer
+from training.script import Script, open_best, run
+from training.trainer import Trainer
 
 import torch
 
@@ -181,7 +182,7 @@ def work_of(model: NthFarthestModel, args: argparse.Namespace) -> float:
 def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Measure the best model of a run with the arguments of the run, on the device of this command line."""
     if distributed.from_environment().is_main:  # seconds of work, not worth sharing
-        of_run, device, best = trainer.open_best(script, args, given, frozenset(("cuda", "threads")))
+        of_run, device, best = open_best(script, args, given, frozenset(("cuda", "threads")))
         devices.choose_threads(args.threads, work_of(build_model(of_run), of_run), device)
         measure(best, Path(args.evaluate), of_run, device)
     return 0
@@ -190,7 +191,7 @@ def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, A
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
     script = Script(SCRIPT, build_parser(), build, evaluate_run, RECIPES, RESUME_MAY_CHANGE)
-    return trainer.run(script, argv)
+    return run(script, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from training import distributed, flags, trainer
+from training import distributed, flags
+from training.script import run
 
 from relational_rnn_models import CORE_DEFAULTS, RelationalMemoryLM
 from tasks import language_flags, language_modeling
@@ -52,7 +53,7 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
     script = language_modeling.script("train_rmc", "rmc", build_parser(), build_model, RECIPES)
-    return trainer.run(script, argv)
+    return run(script, argv)
 
 
 if __name__ == "__main__":

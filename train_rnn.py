@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from training import distributed, flags, trainer
+from training import distributed, flags
 from training.flags import option, switch
+from training.script import run
 
 from rnn_models import LAYERS, RNNLM
 from tasks import language_flags, language_modeling
@@ -78,7 +79,7 @@ def build_model(args: argparse.Namespace, vocab_size: int, cutoffs: list[int] | 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
     script = language_modeling.script("train_rnn", "rnn", build_parser(), build_model, RECIPES)
-    return trainer.run(script, argv)
+    return run(script, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 from training import checkpoints, devices, distributed, flags, runs
 from training.console import Interrupts, Progress, UserError, say, warn
 from training.distributed import ALONE, Processes
-from training.trainer import Interrupted, Script, Task, Trainer
+from training.script import Script
+from training.trainer import Interrupted, Task, Trainer
 
 import torch
 from torch import Tensor
@@ -209,8 +210,6 @@ class LanguageModeling(Task):
         return self.position.epoch > self.args.epochs
 
     def span(self, step: int) -> tuple[str, int, int]:
-        if self.position.offset == 0:
-            self.state.copy_(self.model.initial_state(self.examples))
         return f"epoch {self.position.epoch}", self.epoch_steps, self.position.offset // self.args.bptt
 
     def span_is_over(self, step: int) -> bool:
@@ -282,6 +281,7 @@ class LanguageModeling(Task):
         epoch, seconds = self.position.epoch, trainer.position.seconds
         say(f"epoch {epoch}: train ppl {train['train_ppl']:.2f} | {line} | {seconds:.0f} s")
         self.position = Reading(epoch + 1)
+        self.state.copy_(self.model.initial_state(self.examples))
 
     def evaluate(
         self, trainer: Trainer, split: str, model: LanguageModel, interrupts: Interrupts | None = None
@@ -302,7 +302,7 @@ class LanguageModeling(Task):
         limit = best_possible(self.corpus.folder, "test")
         say(f"best model (epoch {epoch}): valid {loss_text(valid)} | test {loss_text(loss)}{limit}")
 
-    def stopped(self, trainer: Trainer) -> None:
+    def stopped(self, trainer: Trainer, script: str) -> None:
         """After Ctrl-C, test the best model; after other signals there may be no time for it."""
         if trainer.interrupts.requested != "SIGINT" or not trainer.processes.alone:
             return

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import checkpoints, console, files
+from training import checkpoints, files
 from training.console import say, warn
 from training.distributed import ALONE, Processes
 from training.trainer import Task, Trainer
@@ -381,13 +381,6 @@ class NthFarthest(Task):
         if trainer.processes.is_main:
             scores = measure(trainer.load_best(self.device), trainer.folder, self.args, self.device)
             trainer.write("final", **scores)
-
-    def stopped(self, trainer: Trainer) -> None:
-        """Print what the run has reached."""
-        if trainer.position.best_step:
-            say(f"best test accuracy so far: {trainer.position.best_score:.1%}")
-            command = console.command("train_nth_farthest", "--evaluate", trainer.folder)
-            say(f"To measure the best model: {command}")
 
     def lower_advice(self) -> str:
         return f"a lower --lr (it was {self.args.lr:g}), or --input-scale and --memory-scale nearer to 1"

@@ -197,7 +197,7 @@ REFUSED = [
     ("train_nth_farthest", "--curriculum 3x1@9", ["must be VECTORSxDIMENSIONS, .* got '3x1@9'"]),
     (
         "train_nth_farthest",
-        "--curriculum-batch-size 5 --accumulate 2 --batch-size 4",
+        "--curriculum 2x1 --curriculum-batch-size 5 --accumulate 2 --batch-size 4",
         ["--curriculum-batch-size 5"],
     ),
     ("train_rmc", "--cuda", ["--cuda was given but", "Omit --cuda"]),

@@ -172,3 +172,21 @@ def test_replicas_compute_in_the_precision_of_the_caller(monkeypatch, dtype):
         enabled = torch.is_autocast_enabled("cuda")  # only where there is a GPU
         replicas.parallel_apply([replica, replica], [(1,), (2,)], [{"penalty": 3}, {"penalty": 4}])
     assert seen == [(1, 3, dtype, enabled), (2, 4, dtype, enabled)]
+
+
+# ---- random numbers
+
+
+def test_run_on_the_cpu_leaves_visible_gpus_alone(monkeypatch):
+    """The driver may be too old for torch; a GPU that has appeared since the save changes nothing."""
+
+    def fail(*arguments):
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", fail)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", fail)
+    states = devices.random_states(CPU)
+    expected = torch.rand(3)
+    assert devices.restore_random_states(states, CPU) and torch.equal(torch.rand(3), expected)
+    assert not devices.restore_random_states(states, torch.device("cuda"))

@@ -143,6 +143,12 @@ def group_cases(folder, processes):
     results["draws"] = torch.rand(3)
     again.restore(last)
     results["parts"] = trained(own / "parts", again)
+    offers = nth_trainer(processes, "")
+    offers.folder = own
+    # Process 1 rounds differently: it would keep the second model, and not the third.
+    scores = zip([0.5, 0.5, 0.5 + 1e-9], [0.5, 0.5 + 1e-9, 0.5], strict=True)
+    results["offers"] = [offers.offer_best(pair[processes.rank], offers.model) for pair in scores]
+    results["best score"] = offers.position.best_score
     other = language_trainer(folder, processes, "rmc")
     other.restore(checkpoints.load_checkpoint(folder / "half" / "last.pt"))
     results["half"] = trained(own / "half", other)
@@ -310,6 +316,11 @@ def test_cluster_without_targets_has_gradient_zero_in_every_process(groups):
         assert all(gradients[name].any() for name in gradients if name.startswith("output_layer.tail.0."))
 
 
+def test_the_main_process_decides_what_is_best(groups):
+    for results in groups[2]:
+        assert results["offers"] == [True, False, True] and results["best score"] == 0.5 + 1e-9
+
+
 # ---- random numbers, stops, resuming
 
 
@@ -468,13 +479,13 @@ def test_uneven_batch_is_rejected_with_sizes_that_fit(batch, world_size, micro_b
 
 def test_another_number_of_gpus_seeds_the_generators_from_the_step(monkeypatch, capsys):
     """Otherwise the generators would stand at --seed again, and the first dropout masks would repeat."""
-    states = devices.random_states() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 2}
+    states = devices.random_states(CPU) | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 2}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     draws = set()
     for step, rank in ((5, 0), (6, 0), (5, 1)):
         torch.manual_seed(7)
-        Processes(rank, 2).restore_random_states([states, states], 7, step)
+        Processes(rank, 2).restore_random_states([states, states], torch.device("cuda"), 7, step)
         draws.add(torch.rand(()).item())
     torch.manual_seed(7)
     assert len(draws | {torch.rand(()).item()}) == 4

@@ -109,8 +109,9 @@ def test_resume_equals_uninterrupted(script, more, corpus_folder, tmp_path, monk
     after_step(monkeypatch, 17)  # in the second epoch, between two log entries
     status, folder = run(script, corpus_folder, tmp_path / "parts", *argv)
     assert status == 130
-    position = checkpoints.load_checkpoint(folder / "last.pt")["position"]
-    assert position["step"] == 17 and 0 < position["offset"] < 170
+    last = checkpoints.load_checkpoint(folder / "last.pt")
+    position, offset = last["position"], last["task_position"]["offset"]
+    assert position["step"] == 17 and 0 < offset < 170
     after_step(monkeypatch, 21)
     assert script.main(["--resume", str(folder)]) == 130
     assert script.main(["--resume", str(folder)]) == 0
@@ -262,7 +263,9 @@ def test_resume_rejects_another_text(copied, tmp_path):
 def test_altered_position_is_rejected(copied, change, found):
     folder = copied / "train_rnn"
     last = checkpoints.load_checkpoint(folder / "last.pt")
-    last["position"] = {} if change is None else {**last["position"], **change}
+    for key in ("position", "task_position"):
+        values = {} if change is None else change
+        last[key] = {name: values.get(name, value) for name, value in last[key].items() if change is not None}
     checkpoints.save_checkpoint(folder / "last.pt", last)
     with pytest.raises(UserError, match=f"last.pt does not fit this run .*{found}"):
         train_rnn.main(["--resume", str(folder), "--epochs", "2"])

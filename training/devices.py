@@ -144,24 +144,26 @@ class Replicas(nn.DataParallel):
 # ---- random numbers
 
 
-def random_states() -> dict[str, Any]:
-    """Return the states of torch's random number generators for a checkpoint."""
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of torch's random number generators for a checkpoint of a run on this device."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     return {
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(gpu) for gpu in range(torch.cuda.device_count())],
+        "cuda": [torch.cuda.get_rng_state(gpu) for gpu in range(gpus)],
     }
 
 
-def restore_random_states(states: dict[str, Any]) -> bool:
-    """Restore what `random_states` returned.
+def restore_random_states(states: dict[str, Any], device: torch.device) -> bool:
+    """Restore what `random_states` returned, for a run on this device.
 
     Returns:
-        False if the GPU states were not restored, because the number of visible GPUs has changed.
+        False if GPU states are needed and were not restored, because the number of visible GPUs has changed.
     """
     torch.set_rng_state(states["torch"].cpu())
-    count = torch.cuda.device_count()
-    if len(states["cuda"]) != count:
-        return count == 0
+    if device.type != "cuda":
+        return True
+    if len(states["cuda"]) != torch.cuda.device_count():
+        return False
     for gpu, state in enumerate(states["cuda"]):
         torch.cuda.set_rng_state(state.cpu(), gpu)
     return True

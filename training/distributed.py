@@ -150,13 +150,15 @@ class Processes:
             sequence = np.random.SeedSequence((seed, self.rank, step))
             torch.manual_seed(int(sequence.generate_state(1)[0]))
 
-    def restore_random_states(self, states: Sequence[dict[str, Any]], seed: int, step: int) -> None:
+    def restore_random_states(
+        self, states: Sequence[dict[str, Any]], device: torch.device, seed: int, step: int
+    ) -> None:
         """Restore this process's random generators from those of all ranks.
 
         If the number of processes or of GPUs has changed, seed them from the run's seed, the rank and the
         step instead.
         """
-        if len(states) == self.world_size and devices.restore_random_states(states[self.rank]):
+        if len(states) == self.world_size and devices.restore_random_states(states[self.rank], device):
             return
         self.seed_apart(seed, max(step, 1))
         if self.is_main:

@@ -194,7 +194,7 @@ def add_step_flags(group: argparse._ArgumentGroup, steps: int, batch_size: int, 
     option(group, "--lr", positive_float, lr, "X", "peak learning rate")
     option(group, "--warmup", non_negative_int, 0, "STEPS", "steps in which the learning rate grows from 0")
     option(group, "--schedule", None, "constant", None,
-           "learning rate after warm-up (and curriculum): constant, or along a cosine to 0 at --steps",
+           "learning rate after warm-up: constant, or along a cosine to 0 at --steps",
            choices=("constant", "cosine"))
     option(group, "--clip", non_negative_float, 0.1, "NORM",
            "clip the gradient to this L2 norm; 0 = no clipping")

@@ -2,7 +2,7 @@
 
 A `Task` supplies the model, its batches, the loss of a step, evaluation, and what a checkpoint records of the
 model. Everything else exists once, here: the loop, the optimizer's step, learning rates, CUDA graphs, several
-GPUs and processes, the log, checkpoints, resuming, signals, and the main program of a script.
+GPUs and processes, the log, checkpoints, resuming and signals. training/script.py has the main program.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from training import checkpoints, console, devices, distributed, flags, runs
+from training import checkpoints, console, devices, runs
 from training.console import UserError, say, warn
 from training.cuda_graphs import capture_together
 from training.distributed import FlatGradients, Processes
@@ -85,7 +84,10 @@ class Task:
     length_flags = "--steps"
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
-        """Return this process's inputs (examples, ...) and the number of targets of the full batch."""
+        """Return this process's inputs (examples, ...) and the number of targets of the full batch.
+
+        The number of examples must be a multiple of `args.accumulate`.
+        """
         raise NotImplementedError
 
     def losses(
@@ -110,8 +112,11 @@ class Task:
     def finish(self, trainer: Trainer, event: str) -> None:
         """Measure the best model, print and log the result as `event`."""
 
-    def stopped(self, trainer: Trainer) -> None:
-        """Print, and perhaps measure, what a stopped run has reached."""
+    def stopped(self, trainer: Trainer, script: str) -> None:
+        """Print what a stopped run has reached; `script` is the name of its script without '.py'."""
+        if trainer.position.best_step:
+            say(f"best {self.score_name.replace('_', ' ')} so far: {trainer.position.best_score:.4g}")
+            say(f"To measure the best model: {console.command(script, '--evaluate', trainer.folder)}")
 
     def lower_advice(self) -> str:
         """Return what to lower when training diverges; completes "Start a new run with ..."."""
@@ -379,7 +384,7 @@ class Trainer:
         state = self.task.state
         if state is not None and not self.processes.alone:
             state = state.cpu()
-        parts = self.processes.gather((state, devices.random_states()))
+        parts = self.processes.gather((state, devices.random_states(self.device)))
         if not self.processes.is_main:
             return
         states, random = zip(*parts, strict=True)
@@ -391,7 +396,8 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.lr.state_dict(),
                 "average": None if average is None else average.state_dict(),
-                "position": {**asdict(self.position), **asdict(self.task.position)},
+                "position": asdict(self.position),
+                "task_position": asdict(self.task.position),
                 "sums": torch.tensor(list(totals.values()), dtype=torch.float64),
                 "state": None if state is None else torch.cat(states),
                 "random": list(random),  # by rank
@@ -403,23 +409,28 @@ class Trainer:
     def offer_best(self, score: float, model: nn.Module) -> bool:
         """Write best.pt if the score is the best so far; return whether it was written.
 
+        All processes must call this. The main process's score counts: others may round differently.
+
         Args:
             score: in the task's units.
             model: the model that has reached it: the one in training, or an average of it.
         """
         best = self.position.best_score
-        if not (score > best if self.task.higher_is_better else score < best):
-            return False
-        contents = {
-            **self.task.describe(model),
-            "args": vars(self.args),
-            "scores": {**self.task.log_fields(), "step": self.position.step, self.task.score_name: score},
-        }
-        path = self.folder / "best.pt"
-        saved = self.processes.broadcast(lambda: checkpoints.try_save_checkpoint(path, contents))
-        if saved:
-            self.position.best_score, self.position.best_step = score, self.position.step
-        return saved
+
+        def save_if_better() -> float | None:
+            if not (score > best if self.task.higher_is_better else score < best):
+                return None
+            contents = {
+                **self.task.describe(model),
+                "args": vars(self.args),
+                "scores": {**self.task.log_fields(), "step": self.position.step, self.task.score_name: score},
+            }
+            return score if checkpoints.try_save_checkpoint(self.folder / "best.pt", contents) else None
+
+        saved = self.processes.broadcast(save_if_better)
+        if saved is not None:
+            self.position.best_score, self.position.best_step = saved, self.position.step
+        return saved is not None
 
     def load_best(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Return the contents of best.pt.
@@ -442,8 +453,8 @@ class Trainer:
             UserError: the checkpoint does not fit the run.
         """
         try:
-            for part in (self.position, self.task.position):
-                restore_position(part, checkpoint["position"])
+            restore_position(self.position, checkpoint["position"])
+            restore_position(self.task.position, checkpoint["task_position"])
             step = self.position.step
             self.task.load_state_dict(checkpoint["task"], step)
             self.model.load_state_dict(checkpoint["model"])
@@ -457,7 +468,7 @@ class Trainer:
             self.sums[:-1] *= self.processes.is_main
             if self.task.state is not None:
                 self.task.state.copy_(checkpoint["state"][self.shard])
-            self.processes.restore_random_states(checkpoint["random"], self.args.seed, step)
+            self.processes.restore_random_states(checkpoint["random"], self.device, self.args.seed, step)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if console.is_out_of_memory(error):
                 raise
@@ -483,124 +494,3 @@ def restore_position(position: Any, saved: Mapping[str, Any]) -> None:
         if type(value) is not type(field.default) or not value >= field.default:
             raise ValueError(f"the position's {field.name} is {value!r}")
         setattr(position, field.name, value)
-
-
-# ---- the main program
-
-
-@dataclass(frozen=True)
-class Script:
-    """A training script.
-
-    Attributes:
-        name: without '.py'.
-        parser: its command line.
-        build: makes the trainer from arguments, device and processes.
-        evaluate: what --evaluate does, if there is this flag, from the script, arguments and the flags that
-            the command line contains; returns the exit status.
-        recipes: what --recipe may name.
-        resume_may_change: flags that may change when a run is resumed, besides those of every script.
-    """
-
-    name: str
-    parser: flags.Parser
-    build: Callable[[argparse.Namespace, torch.device, Processes], Trainer]
-    evaluate: Callable[[Script, argparse.Namespace, dict[str, Any]], int] | None = None
-    recipes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    resume_may_change: frozenset[str] = frozenset()
-
-
-def open_best(
-    script: Script, args: argparse.Namespace, given: Mapping[str, Any], used: frozenset[str]
-) -> tuple[argparse.Namespace, torch.device, dict[str, Any]]:
-    """Return what --evaluate needs: arguments and best.pt of the run, and the device of this command line.
-
-    Args:
-        script: the run's.
-        args: the present arguments.
-        given: the flags that the command line contains.
-        used: those that --evaluate uses; the others trigger a warning.
-
-    Raises:
-        UserError: there is no such run, or it has no best.pt yet.
-    """
-    flags.warn_of_ignored(script.parser, given, used)
-    folder = Path(args.evaluate)
-    of_run = flags.parse(script.parser, script.name, {"resume": str(folder)}, {}, script.resume_may_change)
-    device = devices.choose_device(args.cuda, of_run.strict_float32)
-    if not (folder / "best.pt").is_file():
-        raise UserError(f"{folder} has no best.pt yet: it is written at the first report. Resume the run.")
-    return of_run, device, checkpoints.load_checkpoint(folder / "best.pt", device)
-
-
-def run(script: Script, argv: Sequence[str] | None) -> int:
-    """Train, or with --evaluate only measure, as the command line says.
-
-    A run that fails before its first report and checkpoint removes its folder.
-
-    Args:
-        script: what to run.
-        argv: the command line; None for that of the process.
-
-    Returns:
-        The exit status: 0, or 128 + the number of the signal that stopped the run.
-    """
-    given = script.parser.given(argv)
-    args = flags.parse(script.parser, script.name, given, script.recipes, script.resume_may_change)
-    if given.get("evaluate") is not None:
-        return script.evaluate(script, args, given)
-    device, processes = distributed.start(args)
-    torch.manual_seed(args.seed)
-    trainer = script.build(args, device, processes)
-    processes.seed_apart(args.seed)
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    print(f"model: {type(trainer.model).__name__}, {parameters:,} parameters")
-    if args.resume is None:
-        facts = {**processes.facts, "parameters": parameters, **trainer.task.facts()}
-        record = runs.record_of(script.name, args, argv, **facts)
-        folder = processes.broadcast(
-            lambda: runs.create_run_folder(args.runs_folder, args.name, script.name, record)
-        )
-    else:
-        folder = Path(args.resume)
-    with runs.locked(folder) if processes.is_main else nullcontext():
-        trainer.folder = folder
-        if args.resume is not None:
-            resume(trainer, argv)
-        else:
-            print(f"run folder: {folder}", flush=True)
-        try:
-            finished = trainer.train(folder)
-        except BaseException:
-            # Any exception, KeyboardInterrupt included.
-            begun = trainer.position.step > trainer.position.interval_steps or (folder / "last.pt").exists()
-            if args.resume is None and processes.is_main and not begun:
-                runs.discard_run_folder(folder)
-            raise
-        if finished:
-            trainer.task.finish(trainer, "test")
-            return 0
-        why = trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
-        say(f"stopped by {why} at step {trainer.position.step:,}")
-        trainer.task.stopped(trainer)
-        launcher = processes.launcher
-        say(f"To resume: {console.command(script.name, '--resume', folder, launcher=launcher)}")
-        return trainer.interrupts.exit_status
-
-
-def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
-    """Restore a run from its last.pt and record it in args.json and log.jsonl."""
-    args, processes, folder = trainer.args, trainer.processes, trainer.folder
-    where, last = trainer.device if processes.alone else "cpu", folder / "last.pt"
-    if not processes.broadcast(last.is_file):
-        raise UserError(f"there is no {last}: the run ended before its first save. Start a new run.")
-    trainer.restore(processes.broadcast(lambda: checkpoints.load_checkpoint(last, where)))
-    trainer.restore_best()
-    step = trainer.position.step
-    if processes.is_main:
-        # args.json of a finished run keeps its arguments: its --epochs may be larger than the present one.
-        runs.note_resume(folder, None if trainer.task.finished(step) else args, argv, **processes.facts)
-        runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
-    print(f"run folder: {folder}, resumed at step {step:,}", flush=True)
-    if trainer.task.finished(step):
-        print(f"nothing to train: the run is finished. To train longer, raise {trainer.task.length_flags}.")
