@@ -36,8 +36,7 @@ def build_parser() -> flags.Parser:
            "model in --runs-folder)")
     option(source, "--runs-folder", None, "runs", "FOLDER", "folder to search for the newest model")
     switch(source, "--cuda", "compute on the GPU instead of the CPU")
-    option(source, "--threads", flags.thread_count, 0, "N",
-           "CPU threads; 0 = chosen to fit the model and the machine")
+    option(source, "--threads", flags.thread_count, 1, "N", "CPU threads; 0 = all available cores")
     text = parser.add_argument_group("text")
     option(text, "--outf", None, "generated.txt", "FILE",
            "output file, in UTF-8; - = print the whole text and write no file")
@@ -186,8 +185,7 @@ def write_texts(args: argparse.Namespace) -> tuple[list[str], int]:
     path = find_model(args)
     device = devices.choose_device(args.cuda)
     model, vocabulary = language_modeling.load_model(checkpoints.load_checkpoint(path), device)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    devices.choose_threads(args.threads, size * args.samples, device)
+    devices.choose_threads(args.threads, device)
     prompt = encode_prompt(args.prompt, vocabulary)
     banned = [vocabulary.index[UNK]] if args.no_unk and UNK in vocabulary.index else []
     # A text starts after the end of a line; without <eos> and prompt, after the first word of the vocabulary.

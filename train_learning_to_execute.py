@@ -16,7 +16,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training import devices, distributed, flags
+from training import distributed, flags
 from training.distributed import Processes
 from training.flags import option
 from training.script import Script, open_best, run
@@ -76,10 +76,6 @@ def build_model(args: argparse.Namespace) -> ExecuteModel:
 def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
     """Return the trainer that the arguments describe."""
     model = build_model(args).to(device)
-    length = sum(task.longest(args.program_kind, args.nesting, args.length))
-    work = sum(weight.numel() for weight in model.parameters()) * args.batch_size * length
-    neighbors = distributed.processes_on_this_host()
-    args.threads = devices.choose_threads(args.threads, work / processes.world_size, device, neighbors)
     training = LearningToExecute(model, args, device, processes)
     print(f"task: {args.program_kind}; characters right with a constant answer: {training.chance:.1%}")
     return Trainer(training, args, device, processes, functools.partial(torch.optim.Adam, model.parameters()))
@@ -88,7 +84,6 @@ def build(args: argparse.Namespace, device: torch.device, processes: Processes) 
 def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Measure the best model of a run with the arguments of the run, on the device of this command line."""
     of_run, device, best = open_best(script, args, given, frozenset(("cuda", "threads", "show")))
-    devices.choose_threads(args.threads, 0, device)
     task.measure(best, of_run, device, args.show or 0)
     return 0
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import devices, distributed, flags
+from training import distributed, flags
 from training.console import UserError
 from training.distributed import Processes
 from training.flags import option
@@ -153,8 +153,6 @@ def curriculum(args: argparse.Namespace) -> list[tuple[int, int]]:
 def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
     """Return the trainer that the arguments describe."""
     model = build_model(args).to(device)
-    work, neighbors = work_of(model, args) / processes.world_size, distributed.processes_on_this_host()
-    args.threads = devices.choose_threads(args.threads, work, device, neighbors)
     chance, plateau = 1 / args.num_vectors, 2 / args.num_vectors
     print(
         f"task: {args.num_vectors} vectors, dimensions: {args.num_dims}; chance {chance:.1%}, "
@@ -172,18 +170,10 @@ def build(args: argparse.Namespace, device: torch.device, processes: Processes) 
     return made
 
 
-def work_of(model: NthFarthestModel, args: argparse.Namespace) -> float:
-    """Return roughly the number of multiplications of a step's forward pass."""
-    size = sum(parameter.numel() for parameter in model.parameters())
-    slots = args.memslots if args.model == "rmc" else 1
-    return size * args.batch_size * args.num_vectors * slots
-
-
 def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Measure the best model of a run with the arguments of the run, on the device of this command line."""
     if distributed.from_environment().is_main:  # seconds of work, not worth sharing
         of_run, device, best = open_best(script, args, given, frozenset(("cuda", "threads")))
-        devices.choose_threads(args.threads, work_of(build_model(of_run), of_run), device)
         measure(best, Path(args.evaluate), of_run, device)
     return 0
 

@@ -1,5 +1,6 @@
 # Shell functions for the scripts that make the runs under results/; source this file from the project's folder.
-# Finished runs are left alone and stopped runs are resumed, so every script can be stopped and called again.
+# Finished runs are left alone and stopped runs are resumed, so every script can be stopped and called again. A run
+# that was killed before its first save starts again.
 #
 # Settings, as environment variables:
 #   OUT      folder of the runs
@@ -26,9 +27,10 @@ limited() {
 # train SCRIPT NAME FLAGS...: start the run OUT/NAME, resume it, or skip it if it is finished.
 train() {
     if finished "$2"; then return; fi
-    if [[ -e $OUT/$2/args.json ]]; then
+    if [[ -e $OUT/$2/last.pt ]]; then
         limited "$PYTHON" "$1.py" --resume "$OUT/$2" $DEVICE
     else
+        rm -rf "${OUT:?}/$2"
         limited "$PYTHON" "$1.py" "${@:3}" --runs-folder "$OUT" --name "$2" $DEVICE
     fi
 }

@@ -119,6 +119,7 @@ def choose_softmax(args: argparse.Namespace, vocab_size: int) -> list[int] | Non
 TINY = {
     "data": "tiny", "dropout": 0.1, "schedule": "cosine", "clip": 1.0, "batch_size": 32, "bptt": 32,
     "epochs": 11, "eval_batch_size": 4,  # the splits are short: 32 streams would lose too much context
+    "threads": 1,  # more gain nothing with operations this small
 }  # fmt: skip
 
 # What the recommended recipes for WikiText-2 have in common: a few epochs of many small steps, little

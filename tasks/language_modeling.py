@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import checkpoints, devices, distributed, flags, runs
+from training import checkpoints, distributed, flags, runs
 from training.console import Interrupts, Progress, UserError, say, warn
 from training.distributed import ALONE, Processes
 from training.script import Script
@@ -33,9 +33,7 @@ from tasks.language_flags import choose_softmax
 MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
 SCRIPTS = ("train_rmc", "train_rnn")
 FEW_STEPS = 20  # an epoch of fewer triggers a warning
-USED_BY_EVALUATE = frozenset({
-    "bptt", "collective_timeout", "cuda", "data", "eval_batch_size", "strict_float32", "threads"
-})  # fmt: skip
+USED_BY_EVALUATE = frozenset({"bptt", "cuda", "data", "eval_batch_size", "strict_float32", "threads"})
 LOWER_MEMORY = "--batch-size or --bptt, use --adaptivesoftmax, or raise --accumulate"
 
 # ---- evaluation
@@ -176,7 +174,6 @@ class LanguageModeling(Task):
         self.epoch_steps = math.ceil(self.streams.length / args.bptt)
         self.total_steps = args.epochs * self.epoch_steps
         self.fingerprint = corpus.fingerprint()
-        processes.check_same("the text", self.fingerprint)
         if (steps := self.epoch_steps) < FEW_STEPS:
             warn(
                 f"an epoch has only {steps} step{'s' * (steps > 1)} of {args.batch_size} x {args.bptt} tokens"
@@ -201,8 +198,6 @@ class LanguageModeling(Task):
                 f"the text in {self.corpus.folder} is not the one that this run was started on. Name the "
                 "folder of that text with --data, or start a new run."
             )
-        if self.position.offset > self.streams.length:
-            raise ValueError(f"the position's offset is {self.position.offset}, beyond the text")
 
     # -- batches
 
@@ -291,25 +286,16 @@ class LanguageModeling(Task):
         streams, processes = args.eval_batch_size, trainer.processes
         return evaluate(model, ids, streams, args.bptt, self.device, interrupts, split, processes)
 
-    def finish(self, trainer: Trainer, event: str) -> None:
+    def finish(self, trainer: Trainer) -> None:
         """Test the best model."""
         best = trainer.processes.broadcast(trainer.load_best)
         model, _ = load_model(best, self.device)
         loss, valid = self.evaluate(trainer, "test", model), trainer.position.best_score
         epoch = best["scores"]["epoch"]
         scores = {"loss": loss, "ppl": perplexity(loss), "best_epoch": epoch}
-        trainer.write(event, **scores, valid_loss=valid, valid_ppl=perplexity(valid))
+        trainer.write("test", **scores, valid_loss=valid, valid_ppl=perplexity(valid))
         limit = best_possible(self.corpus.folder, "test")
         say(f"best model (epoch {epoch}): valid {loss_text(valid)} | test {loss_text(loss)}{limit}")
-
-    def stopped(self, trainer: Trainer, script: str) -> None:
-        """After Ctrl-C, test the best model; after other signals there may be no time for it."""
-        if trainer.interrupts.requested != "SIGINT" or not trainer.processes.alone:
-            return
-        if trainer.position.best_step:
-            self.finish(trainer, "interrupt")
-        else:
-            say("no epoch is finished, so there is no best model to test yet")
 
     def lower_advice(self) -> str:
         return f"a lower --lr (it was {self.args.lr:g}) or a lower --clip"
@@ -381,18 +367,10 @@ def script(
             model = build_model(args, words, choose_softmax(args, words)).to(device)
         except ValueError as error:
             raise UserError(str(error)) from None
-        tokens = args.batch_size * args.bptt // processes.world_size
-        args.threads = choose_threads(args.threads, model, tokens, device)
         task = LanguageModeling(model, corpus, args, kind, device, processes)
         return Trainer(task, args, device, processes, optimizer_of(model, args))
 
     return Script(name, parser, build, score, recipes, frozenset({"epochs", "data"}))
-
-
-def choose_threads(requested: int, model: LanguageModel, tokens: int, device: torch.device) -> int:
-    """Set and return the number of CPU threads for steps of so many tokens in this process."""
-    work = tokens * sum(parameter.numel() for parameter in model.parameters())
-    return devices.choose_threads(requested, work, device, distributed.processes_on_this_host())
 
 
 def optimizer_of(model: LanguageModel, args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]:
@@ -449,7 +427,6 @@ def score(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) ->
     with processes.one_per_host_first():
         corpus = load_same_text(path, saved, vocabulary, given.get("data"))
     streams = given.get("eval_batch_size") or saved.get("eval_batch_size", args.eval_batch_size)
-    choose_threads(args.threads, model, streams * args.bptt, device)
     print(f"{path} ({type(model).__name__}) on {corpus.folder}, streams: {streams}", flush=True)
     for split in ("valid", "test"):
         split_streams(corpus, split, streams, "--eval-batch-size")

@@ -299,7 +299,7 @@ class LearningToExecute(trainer.Task):
     def after_report(self, trainer: Trainer) -> None:
         trainer.offer_best(self.test_accuracy, self.model)
 
-    def finish(self, trainer: Trainer, event: str) -> None:
+    def finish(self, trainer: Trainer) -> None:
         if trainer.processes.is_main:
             trainer.write("final", **measure(trainer.load_best(self.device), self.args, self.device))
 

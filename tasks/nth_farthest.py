@@ -376,7 +376,7 @@ class NthFarthest(Task):
         self.model.train()
         return processes.all_reduce(right).item() / len(targets)
 
-    def finish(self, trainer: Trainer, event: str) -> None:
+    def finish(self, trainer: Trainer) -> None:
         """Measure the best model on fresh examples and draw its attention."""
         if trainer.processes.is_main:
             scores = measure(trainer.load_best(self.device), trainer.folder, self.args, self.device)

@@ -3,6 +3,8 @@
 import os
 import random
 
+from training import devices
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, settings
 def one_thread():
     """Small tensors: a second thread only makes the tests slower, and two test runs at once very slow."""
     torch.set_num_threads(1)
+    devices.available_cores = lambda: 1
 
 
 def fuzz(examples):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from training import devices
 from training.console import UserError
+from training.devices import available_cores  # conftest.py replaces devices.available_cores
 
 import pytest
 import torch
 from torch import nn
 
 CPU = torch.device("cpu")
-SMALL, LARGE = 0.99 * devices.MULTIPLICATIONS_WORTH_A_THREAD, 1.01 * devices.MULTIPLICATIONS_WORTH_A_THREAD
 
 
 # ---- devices
@@ -46,63 +46,48 @@ print(left if torch.set_flush_denormal(True) else 0)  # False: the processor has
 # ---- threads
 
 
-@pytest.fixture
-def machine(monkeypatch, tmp_path):
-    """Return a function that sets the cores of the affinity mask and the files of the cgroup."""
-    read_text = Path.read_text
+@pytest.mark.parametrize(
+    "affinity, quota, cores",
+    [
+        (6, None, 6),
+        (6, "max 100000\n", 6),
+        (6, "350000 100000\n", 3),
+        (2, "350000 100000\n", 2),
+        (6, "50000 100000\n", 1),
+    ],
+)
+def test_available_cores_respect_affinity_and_cgroup(monkeypatch, affinity, quota, cores):
+    def read_text(path):
+        if quota is None:
+            raise FileNotFoundError
+        return quota
 
-    def change(cores, **files):
-        for name, text in files.items():
-            (tmp_path / name).write_text(text)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-        monkeypatch.setattr(Path, "read_text", lambda self: read_text(tmp_path / self.name.replace(".", "_")))
-
-    return change
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert available_cores() == cores
 
 
 @pytest.mark.parametrize(
-    "affinity, files, cores",
+    "requested, device, processes, gpu, threads, printed",
     [
-        (6, {}, 6),
-        (6, {"cpu_max": "max 100000\n"}, 6),
-        (6, {"cpu_max": "350000 100000\n"}, 3),
-        (2, {"cpu_max": "350000 100000\n"}, 2),
-        (6, {"cpu_max": "50000 100000\n"}, 1),
-        (6, {"cpu_max": "unexpected\n"}, 6),
+        (0, "cpu", 1, False, 5, "device: CPU, 5 threads\n"),
+        (0, "cpu", 2, False, 2, "device: CPU, 2 threads\n"),
+        (0, "cpu", 9, True, 1, "device: CPU, 1 thread (--cuda uses the GPU)\n"),
+        (7, "cpu", 2, False, 7, "device: CPU, 7 threads\n"),
+        (0, "cuda", 1, True, 1, ""),
+        (3, "cuda", 1, True, 3, ""),
     ],
 )
-def test_available_cores_respect_affinity_and_cgroup(machine, affinity, files, cores):
-    machine(affinity, **files)
-    assert devices.available_cores() == cores
-
-
-@pytest.mark.parametrize(
-    "requested, work, device, share, threads, printed",
-    [
-        (0, SMALL, "cpu", 1, 1, "device: CPU, 1 thread, chosen for a small model on 5 cores\n"),
-        (0, LARGE, "cpu", 1, 5, "device: CPU, 5 threads, chosen for a large model on 5 cores\n"),
-        (0, LARGE, "cpu", 2, 2, "device: CPU, 2 threads, chosen for a large model on 5 cores\n"),
-        (0, LARGE, "cpu", 9, 1, "device: CPU, 1 thread, chosen for a large model on 5 cores\n"),
-        (7, SMALL, "cpu", 2, 7, "device: CPU, 7 threads\n"),
-        (0, LARGE, "cuda", 1, 1, ""),
-        (3, LARGE, "cuda", 1, 3, ""),
-    ],
-)
-def test_threads_depend_on_model_and_machine(
-    machine, monkeypatch, capsys, requested, work, device, share, threads, printed
+def test_threads_are_those_of_the_machine_or_the_flag(
+    monkeypatch, capsys, requested, device, processes, gpu, threads, printed
 ):
-    machine(5)
     used = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(devices, "available_cores", lambda: 5)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert devices.choose_threads(requested, work, torch.device(device), share) == threads
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert devices.choose_threads(requested, torch.device(device)) == threads
     assert used == [threads] and capsys.readouterr().out == printed
-
-
-def test_unused_gpu_is_mentioned(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    devices.choose_threads(1, SMALL, CPU)
-    assert capsys.readouterr().out == "device: CPU, 1 thread (--cuda uses the GPU)\n"
 
 
 # ---- memory

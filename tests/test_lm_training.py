@@ -4,7 +4,7 @@ import copy
 import math
 import random
 
-from training import checkpoints, console, devices, runs
+from training import checkpoints, console, runs
 from training.console import UserError
 from training.distributed import ALONE
 from training.schedule import PATIENCE, LearningRate
@@ -406,10 +406,3 @@ def test_few_steps_in_an_epoch_trigger_a_warning(tmp_path, capsys):
     assert not capsys.readouterr().err
     make_trainer(tmp_path, "rnn", "--batch-size", "6")
     assert "only 8 steps of 6 x 11 tokens. Lower --batch-size or --bptt" in capsys.readouterr().err
-
-
-def test_processes_on_one_host_share_its_cores(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr(devices, "available_cores", lambda: 7)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    assert language_modeling.choose_threads(0, nn.Linear(1000, 1000), 10**6, torch.device("cpu")) == 2

@@ -19,7 +19,7 @@ while (($#)); do
     shift
 done
 [[ -z ${{name:-}} ]] && exit
-mkdir "$out/$name" && touch "$out/$name/args.json"
+mkdir "$out/$name" && touch "$out/$name/args.json" "$out/$name/last.pt"
 [[ $name = {unfinished} ]] && exit
 exec >"$out/$name/log.jsonl"
 printf '%s\\n' '{{"event": "train", "step": 70}}' '{{"event": "valid", "ppl": '$lr'}}' '{{"event": "test"}}'
@@ -73,10 +73,14 @@ def test_the_best_trials_are_those_with_the_lowest_validation_perplexity(tmp_pat
     assert len(best) == 3 and all("0.001" in words for words in best)
 
 
-def test_an_unfinished_run_is_resumed(tmp_path):
+def test_an_unfinished_run_is_resumed_or_without_a_save_started_again(tmp_path):
     run("nth_farthest/run_gpu.sh", tmp_path, unfinished="rmc-seed2")
     _, calls = run("nth_farthest/run_gpu.sh", tmp_path)
     assert calls[0] == ["train_nth_farthest.py", "--resume", str(tmp_path / "rmc-seed2"), "--cuda"]
+    (tmp_path / "rmc-seed2" / "last.pt").unlink()
+    _, calls = run("nth_farthest/run_gpu.sh", tmp_path)
+    assert "--resume" not in calls[0] and calls[0][calls[0].index("--name") + 1] == "rmc-seed2"
+    assert (tmp_path / "rmc-seed2" / "log.jsonl").exists()
 
 
 def test_the_drawing_of_a_step_is_what_its_script_draws(tmp_path):

@@ -140,8 +140,8 @@ def test_args_json_records_arguments_versions_and_hardware(started):
 def test_resumed_arguments_are_those_of_the_run(started):
     args = resume(started)
     assert (args.width, args.sizes, args.bias, args.style, args.seed) == (7, [2, 3], -1.0, "memory", 9)
-    args = resume(started, "--width", "7", "--epochs", "8", "--threads", "1", "--log-interval", "4")
-    assert (args.width, args.epochs, args.threads, args.log_interval) == (7, 8, 1, 4)
+    args = resume(started, "--width", "7", "--epochs", "8", "--threads", "1")
+    assert (args.width, args.epochs, args.threads) == (7, 8, 1)
     (started / ".last.pt.abc.tmp").touch()
     runs.note_resume(started, args, ["--epochs", "8"], processes=2)
     again = resume(started)
@@ -156,20 +156,6 @@ def test_broken_args_json_is_rejected(started):
         (started / "args.json").write_text(text)
         with pytest.raises(UserError, match="cannot be read"):
             resume(started)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"width": -1}, {"width": "x"}, {"width": [7]}, {"style": "none"}, {"cuda": 1}, {"sizes": [2, 0]}]
-    + [{"seed": {}}, {"sizes": []}, {"save_every": math.nan}, {"width": 7.5}, {"bias": "--bf16"}]
-    + [{"width": None}, {"width": False}, {"cuda": None}],
-)  # fmt: skip
-def test_altered_arguments_are_rejected(started, change):
-    record = json.loads((started / "args.json").read_text())
-    record["arguments"].update(change)
-    (started / "args.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="args.json has an invalid value"):
-        resume(started)
 
 
 # ---- log.jsonl

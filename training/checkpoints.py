@@ -6,7 +6,6 @@ cannot run code.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,35 +48,27 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         device: device of the loaded tensors.
 
     Raises:
-        UserError: the file is missing, damaged, not a checkpoint of this project, or of another format.
+        UserError: the file is missing, damaged, or not a checkpoint that this version can read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: it is {'a folder' if path.is_dir() else 'missing'}.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare the checksums
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} is wrong")
         contents = torch.load(path, map_location=device, weights_only=True)
+        found = contents["format"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
-    except Exception as error:  # zipfile, pickle and torch raise many types for foreign bytes
+    except Exception as error:  # pickle and torch raise many types for foreign bytes
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"{path} is not a checkpoint of this project, or it is damaged ({first_line(error)}). "
-            "Use another checkpoint."
+            f"{path} is not a checkpoint of this project, or it is damaged ({first_line(error)}). Use a "
+            "best.pt or last.pt from a run folder."
         ) from None
-    if not isinstance(contents, dict) or "format" not in contents:
+    if found != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path} is not a checkpoint of this project. Use a best.pt or last.pt from a run folder."
-        )
-    if contents["format"] != CHECKPOINT_FORMAT:
-        raise UserError(
-            f"{path} has checkpoint format {contents['format']}, of project version "
-            f"{contents.get('project')}; this version, {VERSION}, reads format {CHECKPOINT_FORMAT}. "
-            "Use the version of the project that wrote it."
+            f"{path} has checkpoint format {found}, of project version {contents.get('project')}; this "
+            f"version, {VERSION}, reads format {CHECKPOINT_FORMAT}. Use the version that wrote it."
         )
     return contents
 
@@ -112,17 +103,3 @@ def rebuild_model(checkpoint: Mapping[str, Any], kinds: Mapping[str, type[nn.Mod
             "altered. Use another one."
         ) from None
     return model.eval()
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless the tensors of an optimizer's state have the shape and type of their parameter.
-
-    torch's fused kernels do not check this and would write beyond the end of a smaller tensor.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if name != "step" and (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
-                raise ValueError(
-                    f"the optimizer's {name} is {tuple(value.shape)} {value.dtype}, for a parameter of "
-                    f"{tuple(parameter.shape)} {parameter.dtype}"
-                )

@@ -15,8 +15,6 @@ from training.console import UserError
 import torch
 from torch import nn
 
-# With fewer multiplications, a second thread gains little on a quiet machine and costs much on a busy one.
-MULTIPLICATIONS_WORTH_A_THREAD = 5e8
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -65,24 +63,20 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
     return torch.device("cuda", 0)
 
 
-def choose_threads(requested: int, multiplications: float, device: torch.device, processes: int = 1) -> int:
+def choose_threads(requested: int, device: torch.device) -> int:
     """Set the number of CPU threads that torch uses, print it and return it.
 
     Args:
-        requested: the number of threads; 0 chooses one thread for a small model, and as many as there are
-            available cores for a large one.
-        multiplications: approximate number in a training step.
-        device: where the model is trained; on a GPU, 0 chooses one thread.
-        processes: number of processes that share the cores.
+        requested: the number; 0 divides the available cores among the processes of this host, and takes one
+            thread for training on a GPU.
+        device: where to compute.
     """
-    cores = available_cores()
-    large = multiplications >= MULTIPLICATIONS_WORTH_A_THREAD
-    threads = requested or (max(1, cores // processes) if large and device.type == "cpu" else 1)
+    share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = requested or (max(1, share) if device.type == "cpu" else 1)
     torch.set_num_threads(threads)
     if device.type == "cpu":
         unused = " (--cuda uses the GPU)" if torch.cuda.is_available() else ""
-        chosen = "" if requested else f", chosen for a {'large' if large else 'small'} model on {cores} cores"
-        print(f"device: CPU, {threads} thread{'s' * (threads > 1)}{chosen}{unused}", flush=True)
+        print(f"device: CPU, {threads} thread{'s' * (threads > 1)}{unused}", flush=True)
     return threads
 
 

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -28,10 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
 
-# torchrun sets these, among others.
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# How long a process waits for the others. Reading WikiText-103 without its cache takes about three minutes.
+TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ class Processes:
     @property
     def launcher(self) -> str:
         """The command that starts a script in as many processes on this host."""
-        return "python" if self.alone else f"torchrun --nproc-per-node={processes_on_this_host()}"
+        count = os.environ.get("LOCAL_WORLD_SIZE", self.world_size)
+        return "python" if self.alone else f"torchrun --nproc-per-node={count}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -128,11 +128,6 @@ class Processes:
         if self.local_rank == 0:
             self.all_max(0)
 
-    def check_same(self, what: str, value: Any) -> None:
-        """Raise UserError unless all processes have the value of the main process."""
-        if self.broadcast(lambda: value) != value:
-            raise UserError(f"{what} differs between the hosts. Use the same files and flags on all of them.")
-
     def share_weights(self, model: nn.Module) -> None:
         """Copy the main process's weights to all processes, whose hardware may round differently."""
         if self.alone:
@@ -185,81 +180,66 @@ ALONE = Processes()
 # ---- start and end
 
 
-def processes_on_this_host() -> int:
-    """Return the number of processes that torchrun has started on this host; 1 without torchrun."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-
-
-def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
+def from_environment() -> Processes:
     """Return the rank and the number of processes from torchrun's variables, without communication.
 
     Raises:
-        UserError: there are several processes, but only some of the variables are set.
+        UserError: there are several processes, but a variable is missing.
     """
     # Clusters and containers set some of the variables for a single process too.
-    if (environment.get("WORLD_SIZE") or "1") == "1" and (environment.get("RANK") or "0") == "0":
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return ALONE
-    missing = [name for name in VARIABLES if not environment.get(name)]
-    if missing:
-        present = [f"{name}={environment[name]}" for name in VARIABLES if environment.get(name)]
+    try:
+        return Processes(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except KeyError as missing:
         raise UserError(
-            f"the environment sets {', '.join(present)} but not {', '.join(missing)}. Start with torchrun "
-            "--nproc-per-node=N SCRIPT.py ..., which sets all of them, or unset them to train in one process."
-        )
-    return Processes(*(int(environment[name]) for name in VARIABLES[:3]))
+            f"the environment sets WORLD_SIZE but not {missing.args[0]}. Start with torchrun "
+            "--nproc-per-node=N SCRIPT.py ..., or unset WORLD_SIZE to train in one process."
+        ) from None
 
 
 def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:
-    """Choose the device and connect to the other processes, if torchrun has started any.
+    """Choose device and threads, and connect to the other processes, if torchrun has started any.
 
     Args:
-        args: the flags `cuda`, `strict_float32` and `collective_timeout`.
+        args: the flags `cuda`, `strict_float32` and `threads`, which is set to the number in use.
 
     Raises:
-        UserError: as `from_environment` and `devices.choose_device`; or the command lines differ.
+        UserError: as `from_environment` and `devices.choose_device`.
     """
     found = from_environment()
     device = devices.choose_device(args.cuda, args.strict_float32, None if found.alone else found.local_rank)
+    args.threads = devices.choose_threads(args.threads, device)
     if found.alone:
         return device, found
-    limit = datetime.timedelta(seconds=args.collective_timeout)
     if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=limit, device_id=device)
-        control = dist.new_group(backend="gloo", timeout=limit)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo", timeout=limit)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
         control = dist.group.WORLD
-    processes = replace(found, control=control)
-    asked = {name: value for name, value in vars(args).items() if name != "threads"}
-    processes.check_same("the command line, or args.json of the run to resume,", asked)
     print(f"processes: {found.world_size}", flush=True)
-    return device, processes
+    return device, replace(found, control=control)
 
 
 def run_script(main: Callable[[], int | None], lower: str = "the batch size") -> NoReturn:
     """Run a script as `console.run_script` does, in a process that torchrun may have started.
 
     Only the main process prints results, warnings and a progress bar. Any process that fails prints the
-    reason; torchrun then stops the others and prints a report.
+    reason; torchrun then stops the others.
     """
-    found = ALONE
-    with contextlib.suppress(UserError):  # `start` raises it, after --help and mistakes in the command line
-        found = from_environment()
-    if found.alone:
+    rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    if world_size == 1:
         console.run_script(main, lower)
     errors, status = sys.stderr, 1
-    if not found.is_main:
+    if rank > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def report(message: str) -> None:
-        print(f"error: in process {found.rank} of {found.world_size}: {message}", file=errors, flush=True)
+        print(f"error: in process {rank} of {world_size}: {message}", file=errors, flush=True)
 
     try:
-        # record writes an exception to the file that torchrun's report shows.
-        record(console.run_script)(main, lower, report)
-        status = 0
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        console.run_script(main, lower, report)
     except SystemExit as end:
         status = end.code
     except Exception:

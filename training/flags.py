@@ -141,8 +141,7 @@ probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
 
 # Flags that may change when a run is resumed: where it runs and what it prints, not what it computes.
 RESUME_MAY_CHANGE = frozenset({
-    "resume", "cuda", "log_interval", "save_every", "threads", "runs_folder", "no_cuda_graph", "accumulate",
-    "collective_timeout", "stop_after",
+    "resume", "cuda", "save_every", "threads", "runs_folder", "no_cuda_graph", "accumulate", "stop_after",
 })  # fmt: skip
 
 
@@ -159,7 +158,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     option(run, "--seed", seed_int, 1111, "N", "seed of all random numbers")
     switch(run, "--cuda", "train on all visible GPUs (default: on the CPU)")
-    option(run, "--threads", thread_count, 0, "N", "CPU threads; 0 = chosen to fit model and machine")
+    option(run, "--threads", thread_count, 0, "N", "CPU threads; 0 = all available cores")
     option(run, "--log-interval", positive_int, 100, "STEPS", "training steps between two log entries")
     option(run, "--name", None, None, None, "name of the run's folder (default: script, date and time)")
     option(run, "--runs-folder", None, "runs", "FOLDER", "folder in which run folders are created")
@@ -181,8 +180,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     option(parts, "--accumulate", positive_int, 1, "N",
            "split the batch of each process into N micro-batches and sum their gradients: the same step in "
            "less memory")
-    option(parts, "--collective-timeout", positive_float, 600.0, "SECONDS",
-           "how long a process waits for the others; must exceed the time to read a corpus without its cache")
     # fmt: on
 
 
@@ -232,7 +229,9 @@ def parse(
             if given.get(other) is not None:
                 raise UserError(f"--evaluate and --{other} cannot be combined. Omit one of them.")
     if given.get("resume") is not None:
-        base = _saved_values(parser, script, Path(given["resume"]))
+        saved = runs.saved_arguments(Path(given["resume"]), script)
+        # A run of another version may lack flags, which then have their defaults, or have more.
+        base = {name: saved.get(name, default) for name, default in parser.defaults().items()}
         for name, value in given.items():
             if name not in RESUME_MAY_CHANGE | may_change and value != base[name]:
                 flag = parser.flag(name)
@@ -242,31 +241,13 @@ def parse(
                 )
     else:
         recipe = recipes[given["recipe"]] if given.get("recipe") else {}
-        if recipe:
-            in_force = {name: given.get(name, value) for name, value in recipe.items()}
-            print(f"recipe {given['recipe']}: {shlex.join(parser.as_typed(in_force))}")
-            changed = [parser.flag(name) for name in recipe if in_force[name] != recipe[name]]
-            if changed:
-                print(f"changed by the command line: {' '.join(changed)}")
         base = parser.defaults() | recipe
     return argparse.Namespace(**{**base, **given})
 
 
-def _saved_values(parser: Parser, script: str, folder: Path) -> dict[str, Any]:
-    """Return the arguments of a run, after parsing them as the command line would be."""
-    saved, defaults = runs.saved_arguments(folder, script), parser.defaults()
-    # Files written by another version may name flags that do not exist here, or lack some.
-    saved = {name: value for name, value in saved.items() if name in defaults}
-    try:
-        parsed = defaults | parser.given(parser.as_typed(saved))
-        for name, value in saved.items():
-            if value != parsed[name]:
-                raise UserError(f"{parser.flag(name)} is {value!r}.")
-    except (UserError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'args.json'} has an invalid value: {error} Restore the old value or start a new run."
-        ) from None
-    return defaults | saved
+def describe_recipe(parser: Parser, args: argparse.Namespace, recipe: Mapping[str, Any]) -> str:
+    """Return the words of a command line that sets the flags of a recipe to their values in `args`."""
+    return shlex.join(parser.as_typed({name: getattr(args, name) for name in recipe}))
 
 
 def warn_of_ignored(parser: Parser, given: Mapping[str, Any], used: frozenset[str]) -> None:

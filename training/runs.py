@@ -50,10 +50,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def _encode_json(record: dict[str, Any], indent: int | None = None) -> bytes:
-    """Return a record as JSON in UTF-8, with null for numbers that are not finite."""
-    text = json.dumps(_only_finite(record), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    # File names that are not UTF-8 contain surrogates, which are valid JSON when escaped like this.
-    return text.encode("utf-8", errors="backslashreplace")
+    """Return a record as JSON in ASCII, with null for numbers that are not finite."""
+    return (json.dumps(_only_finite(record), indent=indent, allow_nan=False) + "\n").encode()
 
 
 def _only_finite(value: Any) -> Any:

@@ -58,6 +58,7 @@ def open_best(
     folder = Path(args.evaluate)
     of_run = flags.parse(script.parser, script.name, {"resume": str(folder)}, {}, script.resume_may_change)
     device = devices.choose_device(args.cuda, of_run.strict_float32)
+    devices.choose_threads(args.threads, device)
     if not (folder / "best.pt").is_file():
         raise UserError(f"{folder} has no best.pt yet: it is written at the first report. Resume the run.")
     return of_run, device, checkpoints.load_checkpoint(folder / "best.pt", device)
@@ -82,6 +83,9 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
     device, processes = distributed.start(args)
     torch.manual_seed(args.seed)
     trainer = script.build(args, device, processes)
+    if args.resume is None and given.get("recipe"):
+        recipe = flags.describe_recipe(script.parser, args, script.recipes[args.recipe])
+        print(f"recipe {args.recipe}: {recipe}")
     processes.seed_apart(args.seed)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"model: {type(trainer.model).__name__}, {parameters:,} parameters")
@@ -108,11 +112,13 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
                 runs.discard_run_folder(folder)
             raise
         if finished:
-            trainer.task.finish(trainer, "test")
+            trainer.task.finish(trainer)
             return 0
-        why = trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
-        say(f"stopped by {why} at step {trainer.position.step:,}")
-        trainer.task.stopped(trainer, script.name)
+        position, why = trainer.position, trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
+        say(f"stopped by {why} at step {position.step:,}")
+        if position.best_step:
+            say(f"best {trainer.task.score_name.replace('_', ' ')} so far: {position.best_score:.4g}")
+            say(f"To measure the best model: {console.command(script.name, '--evaluate', folder)}")
         launcher = processes.launcher
         say(f"To resume: {console.command(script.name, '--resume', folder, launcher=launcher)}")
         return trainer.interrupts.exit_status

@@ -8,7 +8,6 @@ GPUs and processes, the log, checkpoints, resuming and signals. training/script.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from training import checkpoints, console, devices, runs
-from training.console import UserError, say, warn
+from training.console import UserError, warn
 from training.cuda_graphs import capture_together
 from training.distributed import FlatGradients, Processes
 from training.schedule import LearningRate
@@ -61,7 +60,7 @@ class Task:
         state: the recurrent state of this process's examples, carried from step to step and changed in place,
             (examples, ...), or None.
         average: a `WeightAverage`, or None.
-        position: a dataclass with the task's part of the position; its defaults are the smallest values.
+        position: a dataclass with the task's part of the position.
         score_name: the name of the score in best.pt.
         higher_is_better: whether a higher score is better.
         length_flags: the flags that make a run longer, for a message.
@@ -109,14 +108,8 @@ class Task:
     def after_report(self, trainer: Trainer) -> None:
         """Act on a report that was just logged; `trainer.offer_best` keeps the best model."""
 
-    def finish(self, trainer: Trainer, event: str) -> None:
-        """Measure the best model, print and log the result as `event`."""
-
-    def stopped(self, trainer: Trainer, script: str) -> None:
-        """Print what a stopped run has reached; `script` is the name of its script without '.py'."""
-        if trainer.position.best_step:
-            say(f"best {self.score_name.replace('_', ' ')} so far: {trainer.position.best_score:.4g}")
-            say(f"To measure the best model: {console.command(script, '--evaluate', trainer.folder)}")
+    def finish(self, trainer: Trainer) -> None:
+        """Measure the best model, print and log the result."""
 
     def lower_advice(self) -> str:
         """Return what to lower when training diverges; completes "Start a new run with ..."."""
@@ -162,7 +155,6 @@ class Task:
 
         Raises:
             UserError: the run cannot be resumed here.
-            ValueError: the position is one that no run has had.
         """
 
 
@@ -453,13 +445,12 @@ class Trainer:
             UserError: the checkpoint does not fit the run.
         """
         try:
-            restore_position(self.position, checkpoint["position"])
-            restore_position(self.task.position, checkpoint["task_position"])
+            self.position = Position(**checkpoint["position"])
+            self.task.position = type(self.task.position)(**checkpoint["task_position"])
             step = self.position.step
             self.task.load_state_dict(checkpoint["task"], step)
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            checkpoints.check_optimizer(self.optimizer)
             self.lr.load_state_dict(checkpoint["schedule"], step)
             if self.task.average is not None:
                 self.task.average.load_state_dict(checkpoint["average"])
@@ -485,12 +476,3 @@ class Trainer:
             self.position.best_score, self.position.best_step = self.worst_score, 0
         else:
             self.position.best_score, self.position.best_step = scores[self.task.score_name], scores["step"]
-
-
-def restore_position(position: Any, saved: Mapping[str, Any]) -> None:
-    """Set the fields of a dataclass. Raise ValueError for a value of another type, or below the default."""
-    for field in dataclasses.fields(position):
-        value = saved[field.name]
-        if type(value) is not type(field.default) or not value >= field.default:
-            raise ValueError(f"the position's {field.name} is {value!r}")
-        setattr(position, field.name, value)
