@@ -127,11 +127,8 @@ def test_groups_with_the_same_label_are_drawn_as_one(tmp_path, monkeypatch):
 
 def test_mistakes_are_answered(tmp_path, monkeypatch):
     good, words = nth_farthest_run(tmp_path, "good"), language_run(tmp_path, "lm", "train_rmc")
-    other = make_run(tmp_path, "other", "train_something", [])
     for paths, out, more, message in [
-        ([other], "x.png", {}, "a run of train_something.py"),
         ([good, words], "x.png", {}, "cannot share a plot"),
-        ([good], "no/such/folder.png", {}, "cannot write"),
         ([good], "x.png", {"against": ["epochs"]}, "no epochs"),
         ([good], "x.png", {"labels": ["a", "b"]}, "requires 1 texts, got 2. The groups are: good"),
     ]:

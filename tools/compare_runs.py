@@ -1,9 +1,8 @@
 """Compare runs in a Markdown table, written to standard output.
 
-Runs that differ only in their seed share a row with the mean over seeds and, from two seeds on, the standard
-deviation (of a sample, n - 1). If a seed was run several times, the first tested run counts; the row names
-the others. Language models, and the runs of each other script, get a table of their own. The last column is
-the command line that started the row's first run, followed by the command lines that resumed it.
+Runs that differ only in their seed share a row with the mean over them and, from two runs on, the standard
+deviation (of a sample, n - 1). Language models, and the runs of each other script, get a table of their own.
+The last column is the command line that started the row's first run, followed by those that resumed it.
 
 Paths are run folders, folders with runs, study files (STUDY.jsonl, made by tools/pack_runs.py), or STUDY/NAME
 for one run of a study file.
@@ -16,29 +15,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import _project  # noqa: F401
 from training import console, flags
 
 import run_files
 from run_files import Run
-
-
-def one_per_seed(members: Sequence[Run]) -> list[Run]:
-    """Return one run for each seed: the first one that was tested, otherwise the first."""
-    chosen: dict[Any, Run] = {}
-    for run in members:
-        seed = run.arguments.get("seed")
-        if seed not in chosen or (score(chosen[seed]) is None and score(run) is not None):
-            chosen[seed] = run
-    return list(chosen.values())
-
 
 # ---- one run in numbers
 
@@ -115,10 +101,8 @@ def command(run: Run) -> str:
 
 
 def code(text: str) -> str:
-    """Return text as code in a cell of a Markdown table, in which no character of it is markup."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    padded = f" {text} " if len(fence) > 1 else text
-    return f"{fence}{padded}{fence}".replace("|", "\\|").replace("\n", " ")
+    """Return text as code in a cell of a Markdown table."""
+    return f"`{text}`".replace("|", "\\|").replace("\n", " ")
 
 
 def mean(values: Sequence[float | None], digits: int = 2) -> str:
@@ -135,12 +119,7 @@ def each(values: Sequence[str]) -> str:
 
 
 LANGUAGE_COLUMNS: dict[str, Callable[[Sequence[Run]], str]] = {
-    # The mean over runs that are not equally far would mislead.
-    "valid": lambda members: (
-        mean([valid(run) for run in members])
-        if len({run.find("valid", "epoch")[-1] for run in members}) == 1
-        else "-"
-    ),
+    "valid": lambda members: mean([valid(run) for run in members]),
     "test": lambda members: mean([score(run) for run in members]),
     "epochs": lambda members: each([epochs(run) for run in members]),
 }
@@ -163,22 +142,17 @@ COLUMNS = {
 
 def row(members: Sequence[Run], columns: dict[str, Callable[[Sequence[Run]], str]]) -> dict[str, str]:
     """Return the cells of a group of runs by column."""
-    counted = one_per_seed(members)
-    repeated = [run for run in members if not any(run is other for other in counted)]
-    seeds = " ".join(str(run.arguments.get("seed", "?")) for run in counted)
-    seeds += "".join(
-        f"; not counted: {code(run.name)} (seed {run.arguments.get('seed')})" for run in repeated
-    )
-    parameters = counted[0].record.get("parameters")
+    first, seeds = members[0], [str(run.arguments.get("seed", "?")) for run in members]
+    parameters = first.record.get("parameters")
     return {
-        "run": ", ".join(code(run.name) for run in counted),
-        "model": counted[0].model,
+        "run": ", ".join(code(run.name) for run in members),
+        "model": first.model,
         "parameters": f"{parameters:,}" if isinstance(parameters, int) else "-",
-        **{name: cell(counted) for name, cell in columns.items()},
-        "minutes": mean([minutes(run) for run in counted], 1),
-        "seeds": seeds,
-        "hardware": "; ".join(dict.fromkeys(map(hardware, counted))),
-        "command": command(counted[0]) + (f" (seed {counted[0].arguments['seed']})" if counted[1:] else ""),
+        **{name: cell(members) for name, cell in columns.items()},
+        "minutes": mean([minutes(run) for run in members], 1),
+        "seeds": " ".join(seeds),
+        "hardware": "; ".join(dict.fromkeys(map(hardware, members))),
+        "command": command(first) + (f" (seed {seeds[0]})" if members[1:] else ""),
     }
 
 

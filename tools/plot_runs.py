@@ -70,11 +70,12 @@ def points(run: Run, against: str, training: bool = False) -> tuple[list[float],
 def reference_lines(found: Sequence[Run]) -> list[tuple[float, str]]:
     """Return accuracies to compare with, in percent, and their names."""
     lines = {100 * run.record["chance"]: "constant answer" for run in found if "chance" in run.record}
-    for K in sorted({run.arguments["num_vectors"] for run in found if run.kind == "nth_farthest"}):
-        lines[100 / K] = "chance"
-        # For n = K - 1 the answer is m itself. In the other cases one of K - 1 labels is guessed.
-        lines[100 / K + 100 * (K - 1) / K * 1 / (K - 1)] = "plateau"
-    if any((run.arguments.get("num_vectors"), run.arguments.get("num_dims")) == (8, 16) for run in found):
+    sizes = {(r.arguments["num_vectors"], r.arguments["num_dims"]) for r in found if r.kind == "nth_farthest"}
+    for K, _ in sizes:
+        # On the plateau m itself is known, the answer for n = K - 1; for the other n, one of the remaining
+        # K - 1 labels is guessed: 1/K + (K - 1)/K * 1/(K - 1).
+        lines |= {100 / K: "chance", 200 / K: "plateau"}
+    if (8, 16) in sizes:
         lines[100 * PAPER_ACCURACY] = "RMC of the paper"
     return [(value, f"{name} {value:.3g} %") for value, name in sorted(lines.items())]
 
@@ -157,7 +158,7 @@ def draw_runs(
         training: also draw training perplexity or accuracy.
 
     Raises:
-        UserError: runs or labels do not fit together, matplotlib is missing, or the PNG cannot be written.
+        UserError: runs or labels do not fit together, or matplotlib is missing.
     """
     found = run_files.read_runs(paths)
     words = found[0].kind == "language model"
@@ -177,10 +178,7 @@ def draw_runs(
     for label, members in zip(labels or name_groups(groups), groups, strict=True):
         merged.setdefault(label, []).extend(members)
     figure = draw(list(merged.values()), list(merged), against, training)
-    try:
-        files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=150))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --outf.") from None
+    files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=150))
     return len(found)
 
 

@@ -1,18 +1,16 @@
 """Read training runs for the other tools.
 
-A run is given as its run folder (args.json and log.jsonl), as a folder that contains run folders or study
-files, directly or one level below, or as a study file. A study file NAME.jsonl contains one run per line:
+A run is a run folder (args.json and log.jsonl), or a line of a study file, which tools/pack_runs.py writes:
 
     {"name": ..., "args": <content of args.json>, "log": [<events of log.jsonl>]}
 
-STUDY/NAME, without .jsonl, means one run of a study file; NAME may be a pattern such as 'rmc-*'.
+A folder means all run folders and study files in it. STUDY/NAME, without .jsonl, means one run of a study
+file; NAME may be a pattern such as 'rmc-*'.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import functools
-import importlib
 import json
 import sys
 from collections import Counter
@@ -21,23 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _project
+import _project  # noqa: F401
 from training import runs
 from training.console import UserError
 
 LANGUAGE_MODELS = ("train_rmc", "train_rnn")  # scored by perplexity; the other scripts by accuracy
 # Arguments that do not change what a run computes, apart from the seed.
 NOT_SETTINGS = (
-    "seed", "name", "recipe", "resume", "evaluate", "state_lengths", "cuda", "threads", "log_interval",
-    "save_every", "runs_folder", "no_cuda_graph", "collective_timeout", "stop_after",
+    "seed", "name", "recipe", "resume", "evaluate", "state_lengths", "cuda", "threads", "save_every",
+    "runs_folder", "no_cuda_graph", "collective_timeout", "stop_after",
     "average_trigger",  # of a former kind of --average
 )  # fmt: skip
-
-
-@functools.cache
-def defaults(script: str) -> dict[str, Any]:
-    """Return the default arguments of a training script."""
-    return importlib.import_module(script).build_parser().defaults()
+# Flags that are younger than some runs, with the value that these had.
+YOUNGER = {"init_scale": 1.0}
 
 
 @dataclass
@@ -82,17 +76,13 @@ class Run:
     def settings(self) -> str:
         """Return a key that is equal for runs which differ in nothing but the seed.
 
-        A flag that is not in the run's arguments had its default. A former flag counts if it was on.
+        A flag that is off counts as absent: older runs lack the newer flags.
         """
-        known = defaults(self.script)
-        changed = {
-            name: value
-            for name, value in self.arguments.items()
-            if name not in NOT_SETTINGS and (value != known[name] if name in known else value)
-        }
+        given = {name: value for name, value in (YOUNGER | self.arguments).items() if value}
+        settings = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
         # Each process, GPU and micro-batch draws its own dropout masks.
         copies = (self.record.get("processes", 1), len(self.gpus))
-        return json.dumps([self.script, changed, copies], sort_keys=True)
+        return json.dumps([self.script, settings, copies], sort_keys=True)
 
 
 def group(found: Sequence[Run]) -> list[list[Run]]:
@@ -103,46 +93,26 @@ def group(found: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def why_unusable(run: Run) -> str | None:
-    """Return why a run can be neither compared nor drawn, or None."""
-    if not (run.script.startswith("train_") and (_project.FOLDER / f"{run.script}.py").is_file()):
-        return f"a run of {run.script}.py, which is not a training script of this project"
-    words = run.kind == "language model"
-    if not run.find(*(("valid", "epoch") if words else ("train", "test_accuracy"))):
-        return "its log has no results yet"
-    return None
-
-
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read all runs of the given paths, each once, with names that differ.
 
-    An unusable run in a folder or study file is skipped with one line on standard error.
+    A run without results is skipped with one line on standard error.
 
     Args:
         paths: run folders, folders with runs, study files and STUDY/NAME.
 
     Raises:
-        UserError: a path does not exist, a run folder given by name cannot be used, or no run is left.
+        UserError: a path does not exist, a file is damaged, or no run has results.
     """
     found: dict[Path, Run] = {}
-    for path in paths:
-        named = is_run_folder(path) or not path.exists()
-        for source in inside(path) if path.is_dir() and not named else [path]:
-            try:
-                for run in read_path(source):
-                    reason = why_unusable(run)
-                    if reason and named:
-                        raise UserError(f"{run.path}: {reason}.")
-                    if reason:
-                        skip(run.path, reason)
-                    else:
-                        found.setdefault(run.path.resolve(), run)
-            except UserError as error:
-                if named or path.is_file():
-                    raise
-                skip(source, str(error))
+    for run in (run for path in paths for run in read_path(path)):
+        words = run.kind == "language model"
+        if run.find(*(("valid", "epoch") if words else ("train", "test_accuracy"))):
+            found.setdefault(run.path.resolve(), run)
+        else:
+            print(f"skipped {run.path}: its log has no results yet", file=sys.stderr)
     if not found:
-        raise UserError("no usable run found. Give run folders, a folder with runs or a study file (.jsonl).")
+        raise UserError("no run with results found. Give run folders, folders with runs or study files.")
     names = Counter(run.name for run in found.values())
     for path, run in found.items():
         if names[run.name] > 1:
@@ -150,37 +120,25 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return list(found.values())
 
 
-def read_path(path: Path) -> list[Run]:
-    """Read a run folder, a study file or STUDY/NAME.
+def read_path(path: Path) -> Iterator[Run]:
+    """Yield the runs of a run folder, a folder with runs, a study file or STUDY/NAME.
 
     Raises:
-        UserError: as read_run_folder and read_study.
+        UserError: the path does not exist, or a file in it is damaged.
     """
     study = path.parent.parent / f"{path.parent.name}.jsonl"
     if path.is_file():
-        return read_study(path)
-    if path.exists() or not study.is_file():
-        return [read_run_folder(path)]
-    named = [run for run in read_study(study) if run.name == path.name]
-    return named or [run for run in read_study(study) if fnmatch.fnmatchcase(run.name, path.name)]
-
-
-def skip(path: Path, reason: str) -> None:
-    """Report a run that is left out, on standard error."""
-    print(f"skipped {path}: {reason.rstrip('.')}", file=sys.stderr)
-
-
-def is_run_folder(path: Path) -> bool:
-    """Return whether a folder has one of a run's two files."""
-    return (path / "args.json").is_file() or (path / "log.jsonl").is_file()
-
-
-def inside(folder: Path) -> Iterator[Path]:
-    """Yield the run folders and study files in a folder and in its subfolders, one level deep."""
-    for child in sorted(folder.iterdir()):
-        for path in [child] if is_run_folder(child) or not child.is_dir() else sorted(child.iterdir()):
-            if is_run_folder(path) or (path.suffix == ".jsonl" and is_study(path)):
-                yield path
+        yield from read_study(path)
+    elif path.is_dir():
+        for file in sorted(path.rglob("*.jsonl")):
+            if file.name == "log.jsonl":
+                yield read_run_folder(file.parent)
+            elif is_study(file):
+                yield from read_study(file)
+    elif study.is_file():
+        yield from (run for run in read_study(study) if fnmatch.fnmatchcase(run.name, path.name))
+    else:
+        raise UserError(f"{path} does not exist. Give a run folder, a folder with runs or a study file.")
 
 
 def is_study(path: Path) -> bool:
@@ -190,29 +148,16 @@ def is_study(path: Path) -> bool:
 
 
 def read_run_folder(folder: Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-        UserError: the folder does not exist, or args.json or log.jsonl is missing or damaged.
-    """
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist. Give a run folder, a folder with runs or a study file.")
-    for name in ("args.json", "log.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a run folder with a log: it has no {name}.")
+    """Read a run folder; UserError if its args.json is missing or damaged."""
     try:
-        record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        record = runs.read_json(folder / "args.json")
         return make_run(folder.resolve().name, folder, record, runs.log_events(folder / "log.jsonl"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'args.json'} cannot be read ({type(error).__name__}: {error}).") from None
 
 
 def read_study(path: Path) -> list[Run]:
-    """Read all runs of a study file.
-
-    Raises:
-        UserError: the file is not a study file.
-    """
+    """Read all runs of a study file; UserError if it is not a study file."""
     found = []
     with open(path, encoding="utf-8") as lines:
         try:
