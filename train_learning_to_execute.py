@@ -83,7 +83,7 @@ def build(args: argparse.Namespace, device: torch.device, processes: Processes) 
 
 def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Measure the best model of a run with the arguments of the run, on the device of this command line."""
-    of_run, device, best = open_best(script, args, given, frozenset(("cuda", "threads", "show")))
+    of_run, device, best = open_best(script, args)
     task.measure(best, of_run, device, args.show or 0)
     return 0
 

@@ -173,7 +173,7 @@ def build(args: argparse.Namespace, device: torch.device, processes: Processes) 
 def evaluate_run(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Measure the best model of a run with the arguments of the run, on the device of this command line."""
     if distributed.from_environment().is_main:  # seconds of work, not worth sharing
-        of_run, device, best = open_best(script, args, given, frozenset(("cuda", "threads")))
+        of_run, device, best = open_best(script, args)
         measure(best, Path(args.evaluate), of_run, device)
     return 0
 

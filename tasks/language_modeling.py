@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from training import checkpoints, distributed, flags, runs
-from training.console import Interrupts, Progress, UserError, say, warn
+from training.console import Interrupts, Progress, UserError, say
 from training.distributed import ALONE, Processes
 from training.script import Script
 from training.trainer import Interrupted, Task, Trainer
@@ -32,8 +32,6 @@ from tasks.language_flags import choose_softmax
 
 MODELS: dict[str, type[LanguageModel]] = {"rmc": RelationalMemoryLM, "rnn": RNNLM}
 SCRIPTS = ("train_rmc", "train_rnn")
-FEW_STEPS = 20  # an epoch of fewer triggers a warning
-USED_BY_EVALUATE = frozenset({"bptt", "cuda", "data", "eval_batch_size", "strict_float32", "threads"})
 LOWER_MEMORY = "--batch-size or --bptt, use --adaptivesoftmax, or raise --accumulate"
 
 # ---- evaluation
@@ -97,19 +95,10 @@ def load_model(
     """Rebuild the model of a checkpoint (best.pt or last.pt, of either script), in eval mode.
 
     Raises:
-        UserError: the checkpoint is not a language model's, or its parts do not match.
+        UserError: the checkpoint is not a language model's, or its weights do not match its sizes.
     """
     model = checkpoints.rebuild_model(checkpoint, MODELS)
-    try:
-        vocabulary = Vocabulary(checkpoint["words"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError("the checkpoint has no valid list of words. Use another one.") from None
-    if len(vocabulary) != model.vocab_size:
-        raise UserError(
-            f"the checkpoint's model is for {model.vocab_size:,} words, its vocabulary has "
-            f"{len(vocabulary):,}. It may have been altered. Use another one."
-        )
-    return model.to(device), vocabulary
+    return model.to(device), Vocabulary(checkpoint["words"])
 
 
 def find_checkpoint(given: str | Path) -> Path:
@@ -148,7 +137,6 @@ class LanguageModeling(Task):
 
     sums = ("losses",)
     score_name = "valid_loss"
-    length_flags = "--epochs"
 
     def __init__(
         self,
@@ -174,11 +162,6 @@ class LanguageModeling(Task):
         self.epoch_steps = math.ceil(self.streams.length / args.bptt)
         self.total_steps = args.epochs * self.epoch_steps
         self.fingerprint = corpus.fingerprint()
-        if (steps := self.epoch_steps) < FEW_STEPS:
-            warn(
-                f"an epoch has only {steps} step{'s' * (steps > 1)} of {args.batch_size} x {args.bptt} tokens"
-                ". Lower --batch-size or --bptt, or raise --epochs."
-            )
 
     def facts(self) -> dict[str, Any]:
         corpus = self.corpus
@@ -239,19 +222,16 @@ class LanguageModeling(Task):
         if perplexity(loss) == math.inf:
             trainer.diverged(f"training loss is {loss:.4g} nats per token")
         self.position.epoch_nats += totals["losses"]
-        # On a GPU the host does not wait for the end of the forward pass.
-        forward = 1000 * trainer.forward_seconds / steps if self.device.type == "cpu" else None
         fields = {
             "loss": loss,
             "ppl": perplexity(loss),
             "ms_per_batch": 1000 * elapsed / steps,
-            "forward_ms_per_batch": forward,
             "tokens_per_second": trainer.timed_count / elapsed,
         }
         speed = f"{fields['tokens_per_second']:,.0f} tokens/s"
         short = f"loss {loss:.3f}, ppl {perplexity(loss):.1f}, {speed}"
-        ms = f"{fields['ms_per_batch']:.1f} ms/batch{'' if forward is None else f', forward {forward:.1f}'}"
-        return fields, short, f"{loss_text(loss)} | {speed} | {ms} | lr {trainer.lr.current:g}"
+        times = f"{speed} | {fields['ms_per_batch']:.1f} ms/batch"
+        return fields, short, f"{loss_text(loss)} | {times} | lr {trainer.lr.current:g}"
 
     def end_span(self, trainer: Trainer) -> None:
         """End an epoch: validation loss, learning rate, best.pt."""
@@ -418,7 +398,6 @@ def score(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) ->
 
     Text and streams are those of its run, unless the command line names others.
     """
-    flags.warn_of_ignored(script.parser, given, USED_BY_EVALUATE)
     path = find_checkpoint(args.evaluate)
     device, processes = distributed.start(args)
     checkpoint = checkpoints.load_checkpoint(path)

@@ -259,7 +259,6 @@ class NthFarthest(Task):
     sums = ("losses", "correct")
     score_name = "test_accuracy"
     higher_is_better = True
-    length_flags = "--steps, or --target-accuracy if reached"
 
     def __init__(
         self,

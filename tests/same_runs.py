@@ -7,7 +7,7 @@ from training.trainer import Trainer
 
 import torch
 
-TIMES = {"seconds", "ms_per_batch", "forward_ms_per_batch", "tokens_per_second", "examples_per_second"}
+TIMES = {"seconds", "ms_per_batch", "tokens_per_second", "examples_per_second"}
 
 
 def after_step(monkeypatch, step, act=lambda: signal.raise_signal(signal.SIGINT)):

@@ -250,5 +250,5 @@ def test_show_evaluate_and_tools(tmp_path, capsys):
     (folder / "best.pt").unlink()
     with pytest.raises(UserError, match="no best.pt yet"):
         script.main(["--evaluate", str(folder)])
-    with pytest.raises(UserError, match="--nesting: must be a whole number from 1 to 9, got 10"):
+    with pytest.raises(UserError, match="--nesting: must be a whole number from 1 to 9, got '10'"):
         script.main(["--nesting", "10"])

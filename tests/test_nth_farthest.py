@@ -303,15 +303,6 @@ def test_stop_before_the_first_report_offers_no_best_model(tmp_path, monkeypatch
     assert "best" not in output and "--evaluate" not in output
 
 
-def test_stop_after_ends_a_session_with_status_0(tmp_path, capsys):
-    status, folder = train(tmp_path, "--steps", 1_000_000, "--stop-after", 0.01)
-    output = capsys.readouterr().out
-    assert status == 0 and "stopped by --stop-after 0.01" in output
-    assert "best test accuracy so far" in output and "--evaluate" in output
-    assert not events(folder, "final")
-    assert checkpoints.load_checkpoint(folder / "last.pt")["position"]["step"] > 0
-
-
 # ---- target accuracy and best.pt
 
 

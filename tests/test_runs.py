@@ -151,13 +151,6 @@ def test_resumed_arguments_are_those_of_the_run(started):
     assert os.listdir(started) == ["args.json"]
 
 
-def test_broken_args_json_is_rejected(started):
-    for text in ("", "[]", "{}", '{"script": "script", "arguments": 3}', "\0", "[" * 100_000):
-        (started / "args.json").write_text(text)
-        with pytest.raises(UserError, match="cannot be read"):
-            resume(started)
-
-
 # ---- log.jsonl
 
 
@@ -172,11 +165,8 @@ def test_log_has_one_object_per_line_and_no_nan(tmp_path):
 
 def test_lines_that_are_not_events_are_skipped(tmp_path):
     path = tmp_path / "log.jsonl"
-    runs.RunLog(path).write("train", step=1)
-    with open(path, "ab") as file:
-        file.write(b'\n\xff\0\n[1]\n{"event": "tra')  # killed here
-    runs.RunLog(path).write("train", step=2)
-    assert [event["step"] for event in runs.read_log(path)] == [1, 2]
+    path.write_bytes(b'{"event": "train", "step": 1}\n\xff\0\n[1]\n{"event": "tra')  # killed here
+    assert list(runs.read_log(path)) == [{"event": "train", "step": 1}]
 
 
 def test_resumed_log_is_read_as_one_run(tmp_path):

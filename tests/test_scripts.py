@@ -51,7 +51,7 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
     assert status == 0 and folder.name == "first"
     assert sorted(os.listdir(folder)) == ["args.json", "best.pt", "last.pt", "log.jsonl"]
     output, warned = capsys.readouterr()
-    assert warned.count("warning: ") == 1 and "an epoch has only 12 steps" in warned
+    assert not warned
     shown = (
         "epoch 2  8/12",
         "device: CPU",
@@ -73,7 +73,7 @@ def test_a_run_trains_logs_saves_and_tests(script, corpus_folder, tmp_path, caps
     assert {"lr", "tokens_per_second", "grad_norm", "seconds"} < train[0].keys()
     for event in train:
         assert event["ppl"] == pytest.approx(math.exp(event["loss"]))
-        assert event["ms_per_batch"] > event["forward_ms_per_batch"] > 0 and event["tokens_per_second"] > 0
+        assert event["ms_per_batch"] > 0 and event["tokens_per_second"] > 0
     assert [event["event"] for event in events[-2:]] == ["valid", "test"]
     best = checkpoints.load_checkpoint(folder / "best.pt")
     assert best["scores"]["valid_loss"] == min(event["loss"] for event in valid) == events[-1]["valid_loss"]
@@ -190,8 +190,6 @@ def test_reported_speeds_norms_and_losses_are_those_of_their_steps(corpus_folder
             assert event["loss"] == pytest.approx(mean) and event["ppl"] == pytest.approx(math.exp(mean))
             assert event["grad_norm"] == pytest.approx(sum(norms[first:step]).item() / (step - first))
             assert event["ms_per_batch"] == pytest.approx(1000 * elapsed / steps)
-            forward = sum(took[timed:step]) - 0.25 * steps
-            assert event["forward_ms_per_batch"] == pytest.approx(1000 * forward / steps)
             assert event["tokens_per_second"] == pytest.approx(sum(counts[timed:step]) / elapsed)
         elif event["event"] == "valid":
             assert event["train_loss"] == pytest.approx(sum(nats[step - 12 : step]) / 2379)
@@ -279,10 +277,9 @@ def test_evaluate_repeats_the_scores_of_a_run(script, finished, capsys):
         output, warned = capsys.readouterr()
         assert f"valid: loss {test['valid_loss']:.4f}" in output and not warned
         assert f"test: loss {test['loss']:.4f}" in output and "streams: 3" in output
-    assert script.main(["--evaluate", str(folder / "last.pt"), "--eval-batch-size", "1", "--lr", "1"]) == 0
-    output, warned = capsys.readouterr()
+    assert script.main(["--evaluate", str(folder / "last.pt"), "--eval-batch-size", "1"]) == 0
+    output = capsys.readouterr().out
     assert "streams: 1" in output and f"test: loss {test['loss']:.4f}" not in output
-    assert "--evaluate ignores --lr:" in warned
 
 
 def test_evaluate_on_another_text_requires_vocab_from_train(finished, tmp_path, capsys):

@@ -17,12 +17,10 @@ from training.runs import VERSION
 import torch
 from torch import nn
 
-CHECKPOINT_FORMAT = 1  # increases when older code can no longer read the contents
-
 
 def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
     """Write a checkpoint. If this fails, the earlier file stays."""
-    record = {"format": CHECKPOINT_FORMAT, "project": VERSION, "torch": str(torch.__version__), **contents}
+    record = {"project": VERSION, "torch": str(torch.__version__), **contents}
     atomic_write(path, lambda file: torch.save(record, file))
 
 
@@ -48,14 +46,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         device: device of the loaded tensors.
 
     Raises:
-        UserError: the file is missing, damaged, or not a checkpoint that this version can read.
+        UserError: the file is missing, damaged, or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: it is {'a folder' if path.is_dir() else 'missing'}.")
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
-        found = contents["format"]
+        if not isinstance(contents, dict):
+            raise TypeError(f"it contains a {type(contents).__name__}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
     except Exception as error:  # pickle and torch raise many types for foreign bytes
@@ -65,11 +64,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
             f"{path} is not a checkpoint of this project, or it is damaged ({first_line(error)}). Use a "
             "best.pt or last.pt from a run folder."
         ) from None
-    if found != CHECKPOINT_FORMAT:
-        raise UserError(
-            f"{path} has checkpoint format {found}, of project version {contents.get('project')}; this "
-            f"version, {VERSION}, reads format {CHECKPOINT_FORMAT}. Use the version that wrote it."
-        )
     return contents
 
 

@@ -91,17 +91,17 @@ class Processes:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def agree(self, interrupts: console.Interrupts, *requests: bool) -> list[bool]:
-        """Return whether any process has received a stop signal, then the main process's requests.
+    def agree(self, interrupts: console.Interrupts, request: bool = False) -> tuple[bool, bool]:
+        """Return whether any process has received a stop signal, and the main process's request.
 
         All processes must call this between steps. All get the same answer, so they save and stop at the same
         step. `interrupts.requested` is then the same in all of them.
         """
         number = signal.Signals[interrupts.requested].value if interrupts.requested else 0
-        number, *requests = self.all_max(number, *(request and self.is_main for request in requests))
+        number, requested = self.all_max(number, request and self.is_main)
         if number and not interrupts.requested:
             interrupts.requested = signal.Signals(number).name
-        return [bool(number), *map(bool, requests)]
+        return bool(number), bool(requested)
 
     def broadcast(self, function: Callable[[], Any]) -> Any:
         """Call a function in the main process and return its result in all of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from training import runs
-from training.console import UserError, warn
+from training.console import UserError
 
 # ---- the parser
 
@@ -103,25 +103,19 @@ def switch(group: argparse._ActionsContainer, flag: str, text: str) -> None:
 # ---- types of values
 
 
-def _number(kind: type, low: float, high: float, rule: str, low_open: bool = False, high_open: bool = False):
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}") from None
-        # Comparisons with NaN are false.
-        above = value > low if low_open else value >= low
-        below = value < high if high_open else value <= high
-        if not (above and below and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
+def _number(kind: type, rule: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if allowed(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
 
     return parse
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
     """Return the type of a flag that takes a whole number from low to high."""
-    return _number(int, low, high, f"a whole number from {low} to {high}")
+    return _number(int, f"a whole number from {low} to {high}", lambda value: low <= value <= high)
 
 
 _HUGE = 2**31 - 1  # torch's sizes stay in range below it
@@ -130,18 +124,19 @@ layer_count = whole_number(1, 1000)  # each is built in a Python loop
 non_negative_int = whole_number(0, _HUGE)
 thread_count = whole_number(0, 1024)  # more could end the process
 seed_int = whole_number(0, 2**32 - 1)
-finite_float = _number(float, -1e30, 1e30, "a finite number")
-positive_float = _number(float, 0, 1e30, "a finite number above 0", low_open=True)
-non_negative_float = _number(float, 0, 1e30, "a finite number, 0 or more")
-fraction = _number(float, 0, 1, "at least 0 and below 1", high_open=True)
-probability = _number(float, 0, 1, "above 0 and at most 1", low_open=True)
+# Comparisons with NaN are false.
+finite_float = _number(float, "a finite number", lambda value: abs(value) <= 1e30)
+positive_float = _number(float, "a finite number above 0", lambda value: 0 < value <= 1e30)
+non_negative_float = _number(float, "a finite number, 0 or more", lambda value: 0 <= value <= 1e30)
+fraction = _number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
+probability = _number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 # ---- flags of every training script
 
 # Flags that may change when a run is resumed: where it runs and what it prints, not what it computes.
 RESUME_MAY_CHANGE = frozenset({
-    "resume", "cuda", "save_every", "threads", "runs_folder", "no_cuda_graph", "accumulate", "stop_after",
+    "resume", "cuda", "save_every", "threads", "runs_folder", "no_cuda_graph", "accumulate",
 })  # fmt: skip
 
 
@@ -165,8 +160,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     option(run, "--save-every", non_negative_float, 10.0, "MINUTES",
            "interval between saves of last.pt, in addition to those after each epoch and at the end; "
            "0 = only those")
-    option(run, "--stop-after", non_negative_float, 0.0, "MINUTES",
-           "save and stop after this time; --resume continues the run; 0 = off")
     option(run, "--resume", None, None, "RUN_FOLDER",
            "continue an earlier run from its last.pt, with its arguments")
     switch(run, "--bf16",
@@ -248,10 +241,3 @@ def parse(
 def describe_recipe(parser: Parser, args: argparse.Namespace, recipe: Mapping[str, Any]) -> str:
     """Return the words of a command line that sets the flags of a recipe to their values in `args`."""
     return shlex.join(parser.as_typed({name: getattr(args, name) for name in recipe}))
-
-
-def warn_of_ignored(parser: Parser, given: Mapping[str, Any], used: frozenset[str]) -> None:
-    """Warn about flags that --evaluate does not use."""
-    ignored = [parser.flag(name) for name in given if name not in used | {"evaluate"}]
-    if ignored:
-        warn(f"--evaluate ignores {', '.join(ignored)}: the arguments of the model apply")

@@ -195,19 +195,17 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
     """Return the arguments in a run folder's args.json.
 
     Raises:
-        UserError: the folder is not a run of this script, or its args.json cannot be read.
+        UserError: the folder is not a run of this script.
     """
     path = folder / "args.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: there is no {path}. Name the folder of a run.")
-    try:
-        record = read_json(path)
-        saved, started_by = dict(record["arguments"]), str(record["script"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Start a new run.") from None
-    if started_by != script:
-        raise UserError(f"{folder} is a run of {started_by}.py, not of {script}.py. Use {started_by}.py.")
-    return saved
+    record = read_json(path)
+    if record["script"] != script:
+        raise UserError(
+            f"{folder} is a run of {record['script']}.py, not of {script}.py. Use {record['script']}.py."
+        )
+    return record["arguments"]
 
 
 def describe_environment() -> dict[str, Any]:
@@ -252,12 +250,6 @@ class RunLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # End the half line that a killed run may have left, before the next event.
-        with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
 
     def write(self, event: str, **fields: Any) -> None:
         """Append an event. If this fails, warn and continue."""

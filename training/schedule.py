@@ -44,11 +44,6 @@ class LearningRate:
         self.plateau_factor, self.best_loss, self.bad_epochs = 1.0, math.inf, 0
         self.cosine_start = 0.0  # last step with the full rate; a task may set it (inf: not known yet)
         self.current = self.rate_at(1)
-        if warmup >= total_steps:
-            warn(
-                f"--warmup {warmup:,} is not shorter than the run of {total_steps:,} steps: the learning "
-                "rate will not reach --lr"
-            )
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step; the first step is 1."""

@@ -41,20 +41,13 @@ class Script:
 
 
 def open_best(
-    script: Script, args: argparse.Namespace, given: Mapping[str, Any], used: frozenset[str]
+    script: Script, args: argparse.Namespace
 ) -> tuple[argparse.Namespace, torch.device, dict[str, Any]]:
     """Return what --evaluate needs: arguments and best.pt of the run, and the device of this command line.
-
-    Args:
-        script: the run's.
-        args: the present arguments.
-        given: the flags that the command line contains.
-        used: those that --evaluate uses; the others trigger a warning.
 
     Raises:
         UserError: there is no such run, or it has no best.pt yet.
     """
-    flags.warn_of_ignored(script.parser, given, used)
     folder = Path(args.evaluate)
     of_run = flags.parse(script.parser, script.name, {"resume": str(folder)}, {}, script.resume_may_change)
     device = devices.choose_device(args.cuda, of_run.strict_float32)
@@ -114,8 +107,8 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
         if finished:
             trainer.task.finish(trainer)
             return 0
-        position, why = trainer.position, trainer.interrupts.requested or f"--stop-after {args.stop_after:g}"
-        say(f"stopped by {why} at step {position.step:,}")
+        position = trainer.position
+        say(f"stopped by {trainer.interrupts.requested} at step {position.step:,}")
         if position.best_step:
             say(f"best {trainer.task.score_name.replace('_', ' ')} so far: {position.best_score:.4g}")
             say(f"To measure the best model: {console.command(script.name, '--evaluate', folder)}")
@@ -139,4 +132,4 @@ def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
         runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
     print(f"run folder: {folder}, resumed at step {step:,}", flush=True)
     if trainer.task.finished(step):
-        print(f"nothing to train: the run is finished. To train longer, raise {trainer.task.length_flags}.")
+        print("nothing to train: the run is finished. To train longer, raise --epochs or --steps.")

@@ -44,7 +44,7 @@ class NoPosition:
 
 
 class Interrupted(Exception):
-    """Raised between steps after a stop signal, or when --stop-after has passed."""
+    """Raised between steps after a stop signal."""
 
 
 class Task:
@@ -63,7 +63,6 @@ class Task:
         position: a dataclass with the task's part of the position.
         score_name: the name of the score in best.pt.
         higher_is_better: whether a higher score is better.
-        length_flags: the flags that make a run longer, for a message.
 
     Subclasses must define the attributes without a value here, and `next_batch`, `losses` and `report`. The
     other methods have defaults for a run of `total_steps` steps.
@@ -80,7 +79,6 @@ class Task:
     position: Any = NoPosition()
     score_name: str
     higher_is_better = False
-    length_flags = "--steps"
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
         """Return this process's inputs (examples, ...) and the number of targets of the full batch.
@@ -246,12 +244,10 @@ class Trainer:
         state, size = self.task.state, len(inputs[0]) // self.args.accumulate
         for start in range(0, len(inputs[0]), size):
             rows = slice(start, start + size)
-            started = time.perf_counter()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 objective, sums, after = self.task.losses(
                     self.replicas, None if state is None else state[rows], *(x[rows] for x in inputs)
                 )
-            self.forward_seconds += time.perf_counter() - started
             (objective / self.count).backward()
             if state is not None:
                 state[rows].copy_(after.detach())  # keep the values, cut the history
@@ -279,7 +275,6 @@ class Trainer:
         if self.device.type == "cpu":
             devices.keep_freed_memory()
         saving = console.Alarm(self.args.save_every)
-        ending = console.Alarm(self.args.stop_after)
         task, self.clock = self.task, time.perf_counter()
         self.start_interval()
         with self.interrupts:
@@ -290,7 +285,7 @@ class Trainer:
                     with console.Progress(steps, label, done) as progress:
                         while not task.span_is_over(self.position.step):
                             self.step()
-                            self.after_step(progress, saving, ending)
+                            self.after_step(progress, saving)
                     task.end_span(self)
                     self.save_last()
                     self.start_interval()
@@ -299,16 +294,16 @@ class Trainer:
                 return task.finished(self.position.step)
         return True
 
-    def after_step(self, progress: console.Progress, saving: console.Alarm, ending: console.Alarm) -> None:
+    def after_step(self, progress: console.Progress, saving: console.Alarm) -> None:
         """Report, save and stop when it is time to."""
         progress.advance()
         step = self.position.step
         if step % self.args.log_interval == 0 or self.task.span_is_over(step):
             self.report(progress)
-        stop, save, late = self.processes.agree(self.interrupts, saving.due(), ending.due())
+        stop, save = self.processes.agree(self.interrupts, saving.due())
         if save:
             self.save_last()
-        if stop or late:
+        if stop:
             raise Interrupted
 
     def report(self, progress: console.Progress) -> None:
@@ -350,7 +345,6 @@ class Trainer:
         """Start another measurement of the speed."""
         self.interval_clock = time.perf_counter()
         self.timed_steps = self.timed_count = 0
-        self.forward_seconds = 0.0
 
     def update_clock(self) -> None:
         """Add the time since the last call to the run's seconds."""
