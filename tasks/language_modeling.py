@@ -137,6 +137,7 @@ class LanguageModeling(Task):
 
     sums = ("losses",)
     score_name = "valid_loss"
+    lower = "a lower --lr or --clip"
 
     def __init__(
         self,
@@ -277,9 +278,6 @@ class LanguageModeling(Task):
         limit = best_possible(self.corpus.folder, "test")
         say(f"best model (epoch {epoch}): valid {loss_text(valid)} | test {loss_text(loss)}{limit}")
 
-    def lower_advice(self) -> str:
-        return f"a lower --lr (it was {self.args.lr:g}) or a lower --clip"
-
 
 def split_streams(
     corpus: Corpus, split: str, batch_size: int, flag: str, device: torch.device | str = "cpu"
@@ -289,16 +287,6 @@ def split_streams(
         return TokenStreams(getattr(corpus, split), batch_size, device)
     except UserError as error:
         raise UserError(f"{split}.txt and {flag} do not fit: {error}") from None
-
-
-def load_text(folder: str, vocab_from: str, named_by_run: bool) -> Corpus:
-    """Load a corpus; add what to do to a UserError if a run has named its folder."""
-    try:
-        return load_corpus(folder, vocab_from)
-    except UserError as error:
-        if not named_by_run:
-            raise
-        raise UserError(f"{error} If the text has moved, name its new folder with --data.") from None
 
 
 def loss_text(loss: float) -> str:
@@ -337,7 +325,7 @@ def script(
 
     def build(args: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
         with processes.one_per_host_first():
-            corpus = load_text(args.data, args.vocab_from, named_by_run=args.resume is not None)
+            corpus = load_corpus(args.data, args.vocab_from)
         words = len(corpus.vocabulary)
         print(
             f"corpus: {corpus.folder}, {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} "
@@ -364,35 +352,6 @@ def optimizer_of(model: LanguageModel, args: argparse.Namespace) -> Callable[...
     return functools.partial(torch.optim.AdamW, [matrices, vectors])
 
 
-def load_same_text(
-    path: Path, saved: Mapping[str, Any], vocabulary: Vocabulary, data: str | None = None
-) -> Corpus:
-    """Load the corpus to score a checkpoint on.
-
-    Args:
-        path: the checkpoint's.
-        saved: the arguments of its run.
-        vocabulary: the model's; the corpus must have the same one.
-        data: folder of the corpus; None for that of the run.
-
-    Raises:
-        UserError: the corpus cannot be loaded or has another vocabulary.
-    """
-    vocab_from = saved.get("vocab_from", "all")
-    corpus = load_text(str(saved.get("data")) if data is None else data, vocab_from, data is None)
-    if corpus.vocabulary.words != vocabulary.words:
-        advice = (
-            "so only valid.txt and test.txt may differ from the run's text"
-            if vocab_from == "train"
-            else "so it can be scored only on its own text. For other texts, train with --vocab-from train"
-        )
-        raise UserError(
-            f"the vocabulary of {path} ({len(vocabulary):,} words) differs from that of {corpus.folder} "
-            f"({len(corpus.vocabulary):,} words). Its run used --vocab-from {vocab_from}, {advice}."
-        )
-    return corpus
-
-
 def score(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Score a checkpoint on valid and test: the --evaluate of both scripts, for the models of either one.
 
@@ -402,10 +361,16 @@ def score(script: Script, args: argparse.Namespace, given: Mapping[str, Any]) ->
     device, processes = distributed.start(args)
     checkpoint = checkpoints.load_checkpoint(path)
     model, vocabulary = load_model(checkpoint, device)
-    saved = checkpoint.get("args", {})
+    of_run = checkpoint["args"]
     with processes.one_per_host_first():
-        corpus = load_same_text(path, saved, vocabulary, given.get("data"))
-    streams = given.get("eval_batch_size") or saved.get("eval_batch_size", args.eval_batch_size)
+        corpus = load_corpus(given.get("data", of_run["data"]), of_run["vocab_from"])
+    if corpus.vocabulary.words != vocabulary.words:
+        raise UserError(
+            f"the vocabulary of {path} ({len(vocabulary):,} words) differs from that of {corpus.folder} "
+            f"({len(corpus.vocabulary):,} words). A model trained with --vocab-from train can be scored on "
+            "another valid.txt and test.txt beside its own train.txt, other models only on their own text."
+        )
+    streams = given.get("eval_batch_size", of_run["eval_batch_size"])
     print(f"{path} ({type(model).__name__}) on {corpus.folder}, streams: {streams}", flush=True)
     for split in ("valid", "test"):
         split_streams(corpus, split, streams, "--eval-batch-size")

@@ -259,6 +259,7 @@ class NthFarthest(Task):
     sums = ("losses", "correct")
     score_name = "test_accuracy"
     higher_is_better = True
+    lower = "a lower --lr, or --input-scale and --memory-scale nearer to 1"
 
     def __init__(
         self,
@@ -380,9 +381,6 @@ class NthFarthest(Task):
         if trainer.processes.is_main:
             scores = measure(trainer.load_best(self.device), trainer.folder, self.args, self.device)
             trainer.write("final", **scores)
-
-    def lower_advice(self) -> str:
-        return f"a lower --lr (it was {self.args.lr:g}), or --input-scale and --memory-scale nearer to 1"
 
 
 def fixed_test_set(

@@ -189,8 +189,6 @@ REFUSED = [
     ("train_rnn", "--dropout-candidate 0.2 --cudnn", ["requires an LSTM as a loop", "--no-cudnn"]),
     ("train_rnn", "--dropout-candidate 0.2 --model GRU", ["got GRU", "--dropout-weights"]),
     ("train_rmc", "--dropout-candidate 0.2 --gatestyle none", ["dropout_candidate .*gates"]),
-    ("train_rmc", "--evaluate RUN --resume RUN", ["--evaluate and --resume cannot be combined"]),
-    ("train_rmc", "--evaluate RUN --recipe tiny", ["--evaluate and --recipe cannot be combined"]),
     ("train_nth_farthest", "--num-vectors 1", ["--num-vectors", "must be 2 or more, got 1"]),
     ("train_nth_farthest", "--target-accuracy 2", ["--target-accuracy", "above 0 and at most 1"]),
     ("train_nth_farthest", "--curriculum 3x1 2x5", ["a stage 2x5", "3 vectors .* of 2 dimensions", "1 to 2"]),
@@ -223,7 +221,7 @@ REFUSED = [
     ("generate_rmc", "--checkpoint NTH", ["kind 'nth_farthest', expected 'rmc' or 'rnn'"]),
     ("train_rnn", "--model CNN", ["--model", "'CNN'", "LSTM"]),
     ("train_rmc", "--batch 3", ["unrecognized arguments: --batch"]),  # abbreviations are not guessed
-    ("train_rnn", "--lr 1e30", ["diverged", "No checkpoint", "lower --lr .*1e.30"]),
+    ("train_rnn", "--lr 1e30", ["diverged", "No checkpoint", "lower --lr"]),
     ("train_nth_farthest", "--input-scale 1e30", ["diverged", "No checkpoint", "--input-scale"]),
 ]
 

@@ -87,12 +87,11 @@ console.run_script(main)
 """
 
 
-@pytest.mark.parametrize("streams", ["> /dev/full", ">&-"])
-def test_exit_status_of_a_script_without_output(streams):
+def test_exit_status_of_a_script_without_output():
     """The interpreter flushes the streams once more at exit, which must not fail."""
     code = SCRIPT.format(root=str(Path(console.__file__).parent.parent))
     done = subprocess.run(
-        ["sh", "-c", f'"$0" -c "$1" {streams}', sys.executable, code], stderr=subprocess.PIPE, text=True
+        ["sh", "-c", '"$0" -c "$1" > /dev/full', sys.executable, code], stderr=subprocess.PIPE, text=True
     )
     assert done.returncode == 5
     assert "Traceback" not in done.stderr and done.stderr.count("a warning") == 3

@@ -212,13 +212,6 @@ def test_dash_prints_the_text_and_writes_no_file(trained, tmp_path, monkeypatch,
     assert len(text.replace("\n", " <eos> ").split()) == 6  # the words and the end of the last line
 
 
-def test_output_that_cannot_be_written_is_rejected_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(language_modeling, "load_model", None)
-    for outf in (tmp_path, tmp_path / "none" / "text.txt"):
-        with pytest.raises(UserError, match="cannot write .*Give a file"):
-            generate_rmc.main(["--checkpoint", str(trained["rnn"]), "--outf", str(outf)])
-
-
 @pytest.mark.parametrize("number, refused", [(errno.ENOSPC, True), (errno.EPIPE, False)])
 def test_lost_output_is_an_error_unless_its_reader_stopped(trained, monkeypatch, number, refused):
     monkeypatch.setattr(sys.stdout, "error", OSError(number, "lost"), raising=False)

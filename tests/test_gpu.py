@@ -96,11 +96,9 @@ def test_when_one_step_cannot_be_captured_none_is_replayed(capture):
     assert len(reasons) == 1 and not any(step.enabled or step.graph for step in steps)
 
 
-def test_run_whose_capture_fails_is_finished_and_logs_the_reason(capture, tmp_path, capsys):
+def test_run_whose_capture_fails_is_finished_with_a_warning(capture, tmp_path, capsys):
     flags = [*KINDS["nth lstm"][1].split(), "--runs-folder", str(tmp_path), "--name", "run"]
     assert train_nth_farthest.main(flags) == 0
-    (event,) = (e for e in runs.read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "not_captured")
-    assert event["step"] == cuda_graphs.WARMUP_CALLS and "previous error" in event["reason"]
     assert "cannot be captured as a CUDA graph" in capsys.readouterr().err
 
 

@@ -390,6 +390,5 @@ def test_training_that_has_diverged_is_noticed_in_other_numbers_too(tmp_path, mo
     trainer = make_trainer(tmp_path, "rnn", "--lr", "0.25")
     losses = trainer.task.losses
     monkeypatch.setattr(trainer.task, "losses", lambda *given: tuple(x * 1e6 for x in losses(*given)))
-    message = r"training loss is .* nats per token.*lower --lr \(it was 0.25\)"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="training loss is .* nats per token.*lower --lr or --clip"):
         trainer.train(tmp_path)

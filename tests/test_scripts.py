@@ -285,7 +285,7 @@ def test_evaluate_repeats_the_scores_of_a_run(script, finished, capsys):
 def test_evaluate_on_another_text_requires_vocab_from_train(finished, tmp_path, capsys):
     corpus = write_corpus(tmp_path / "corpus")
     (corpus / "test.txt").write_text("the yak saw the ant\n" * 30)
-    for choice, advice in (("all", "train with --vocab-from train"), ("train", "only valid.txt and test")):
+    for choice in ("all", "train"):
         _, folder = run(train_rnn, corpus, tmp_path / choice, "--epochs", "1", "--vocab-from", choice)
         words = checkpoints.load_checkpoint(folder / "best.pt")["words"]
         assert ("yak" in words) == (choice == "all")
@@ -296,7 +296,7 @@ def test_evaluate_on_another_text_requires_vocab_from_train(finished, tmp_path, 
             shutil.copy(corpus / "train.txt", other / "train.txt")
             assert train_rnn.main(["--evaluate", str(folder), "--data", str(other)]) == 0
         (other / "train.txt").write_text("quite another text\n")
-        with pytest.raises(UserError, match=f"differs from that of.*{advice}"):
+        with pytest.raises(UserError, match="differs from that of .*trained with --vocab-from train"):
             train_rnn.main(["--evaluate", str(folder), "--data", str(other)])
 
 
@@ -305,8 +305,6 @@ def test_a_text_that_has_moved_can_be_named(finished, tmp_path):
     _, folder = run(train_rnn, tmp_path / "corpus", tmp_path / "runs", "--epochs", "1")
     (tmp_path / "corpus").rename(tmp_path / "moved")
     for flag in ("--evaluate", "--resume"):
-        with pytest.raises(UserError, match="name its new folder with --data"):
-            train_rnn.main([flag, str(folder)])
         assert train_rnn.main([flag, str(folder), "--data", str(tmp_path / "moved")]) == 0
 
 

@@ -102,17 +102,11 @@ class LastingStream:
     """Standard output or error whose loss does not end the script.
 
     Writing fails after a terminal was closed, to a pipe without a reader or on a full disk. From the first
-    failure on, all output is discarded; log.jsonl has the numbers. Characters that the encoding lacks are
-    escaped.
-
-    Args:
-        stream: the stream to write to; None, as Python sets it if the file was closed, discards everything.
+    failure on, all output is discarded; log.jsonl has the numbers.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
-        with contextlib.suppress(AttributeError):  # not a file, as in tests
-            self.stream.reconfigure(errors="backslashreplace")
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
         self.error: OSError | None = None  # the first failure
 
     def __getattr__(self, name: str) -> Any:

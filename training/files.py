@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
-
-from training.console import UserError
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -39,16 +36,3 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise UserError if atomic_write could not write to `path`; to be called before long work."""
-    try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(None, "Is a directory")
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}. Give a file in an existing folder that you can write to."
-        ) from None

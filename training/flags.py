@@ -215,12 +215,8 @@ def parse(
         may_change: flags that may differ from those of the run to resume, besides RESUME_MAY_CHANGE.
 
     Raises:
-        UserError: the folder cannot be resumed, or flags contradict each other.
+        UserError: the folder cannot be resumed with these flags.
     """
-    if given.get("evaluate") is not None:
-        for other in ("resume", "recipe"):
-            if given.get(other) is not None:
-                raise UserError(f"--evaluate and --{other} cannot be combined. Omit one of them.")
     if given.get("resume") is not None:
         saved = runs.saved_arguments(Path(given["resume"]), script)
         # A run of another version may lack flags, which then have their defaults, or have more.

@@ -148,10 +148,8 @@ def newest_run(root: str | Path, scripts: Sequence[str]) -> Path | None:
 
 
 def _script_of(folder: Path) -> str | None:
-    try:
-        return read_json(folder / "args.json")["script"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    path = folder / "args.json"
+    return read_json(path)["script"] if path.exists() else None
 
 
 # ---- args.json
@@ -161,14 +159,7 @@ def record_of(
     script: str, args: argparse.Namespace, argv: Sequence[str] | None, **facts: Any
 ) -> dict[str, Any]:
     """Return the contents of a new run's args.json; `facts` are further entries."""
-    return {
-        "script": script,
-        "arguments": vars(args),
-        "command_line": list(sys.argv[1:] if argv is None else argv),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "environment": describe_environment(),
-        **facts,
-    }
+    return {"script": script, "arguments": vars(args), **_session("started", argv), **facts}
 
 
 def note_resume(
@@ -180,15 +171,16 @@ def note_resume(
     record = read_json(folder / "args.json")
     if args is not None:
         record["arguments"] = {**vars(args), "resume": None}
-    record.setdefault("resumed", []).append(
-        {
-            "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command_line": list(sys.argv[1:] if argv is None else argv),
-            "environment": describe_environment(),
-            **facts,
-        }
-    )
+    record.setdefault("resumed", []).append(_session("at", argv) | facts)
     atomic_write(folder / "args.json", lambda file: file.write(_encode_json(record, indent=2)))
+
+
+def _session(time_name: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    return {
+        "command_line": list(sys.argv[1:] if argv is None else argv),
+        time_name: time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "environment": describe_environment(),
+    }
 
 
 def saved_arguments(folder: Path, script: str) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class Task:
         position: a dataclass with the task's part of the position.
         score_name: the name of the score in best.pt.
         higher_is_better: whether a higher score is better.
+        lower: what to lower when training diverges; completes "Start a new run with ...".
 
     Subclasses must define the attributes without a value here, and `next_batch`, `losses` and `report`. The
     other methods have defaults for a run of `total_steps` steps.
@@ -79,6 +80,7 @@ class Task:
     position: Any = NoPosition()
     score_name: str
     higher_is_better = False
+    lower = "a lower --lr"
 
     def next_batch(self) -> tuple[tuple[Tensor, ...], int]:
         """Return this process's inputs (examples, ...) and the number of targets of the full batch.
@@ -108,10 +110,6 @@ class Task:
 
     def finish(self, trainer: Trainer) -> None:
         """Measure the best model, print and log the result."""
-
-    def lower_advice(self) -> str:
-        """Return what to lower when training diverges; completes "Start a new run with ..."."""
-        return "a lower --lr"
 
     # ---- the order of a run: spans of steps, each with its own progress bar
 
@@ -195,7 +193,7 @@ class Trainer:
         # Replicas run in threads, which cannot be captured.
         if task.can_be_captured and not args.no_cuda_graph and self.replicas is self.model:
             parts = [self.whole_step] if alone and device.type == "cuda" else self.parts
-            self.captured_parts = capture_together(parts, device, self.not_captured, beside_threads=not alone)
+            self.captured_parts = capture_together(parts, device, warn, beside_threads=not alone)
         self.worst_score = -math.inf if task.higher_is_better else math.inf
         self.position = Position(self.worst_score)
         self.interrupts = console.Interrupts()
@@ -204,11 +202,6 @@ class Trainer:
         self.count = 0  # targets of the present batch
         self.clock = time.perf_counter()
         self.start_interval()
-
-    def not_captured(self, reason: str) -> None:
-        """Warn and log that steps run without CUDA graphs, which is slower."""
-        warn(reason)
-        self.write("not_captured", reason=reason)
 
     # ---- one step
 
@@ -338,7 +331,7 @@ class Trainer:
         kept = f"{last} was written before that" if last.exists() else "No checkpoint had been written yet"
         raise UserError(
             f"training has diverged: the {what}, at step {self.position.step:,}. {kept}. Start a new run "
-            f"with {self.task.lower_advice()}."
+            f"with {self.task.lower}."
         )
 
     def start_interval(self) -> None:
