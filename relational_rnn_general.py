@@ -139,8 +139,8 @@ class RelationalMemory(nn.Module):
         self.input_size = as_integer("input_size", input_size)
         self.num_heads = as_integer("num_heads", num_heads)
         self.num_blocks = as_integer("num_blocks", num_blocks)
-        self.forget_bias = _finite("forget_bias", forget_bias)
-        self.input_bias = _finite("input_bias", input_bias)
+        self.forget_bias = as_number("forget_bias", forget_bias)
+        self.input_bias = as_number("input_bias", input_bias)
         self.gate_style = gate_style
         self.attention_mlp_layers = as_integer("attention_mlp_layers", attention_mlp_layers)
         self.key_size = (
@@ -148,9 +148,7 @@ class RelationalMemory(nn.Module):
         )
         self.return_all_outputs = return_all_outputs
         self.input_rows = as_integer("input_rows", input_rows)
-        self.init_scale = _finite("init_scale", init_scale)
-        if self.init_scale <= 0:
-            raise ValueError(f"init_scale must be above 0, got {init_scale!r}")
+        self.init_scale = as_number("init_scale", init_scale, positive=True)
         self.mem_size = self.num_heads * self.head_size
 
         sizes = (self.num_heads, self.key_size, self.head_size)
@@ -507,7 +505,13 @@ def as_integer(name: str, value: int, minimum: int = 1) -> int:
     return int(value)
 
 
-def _finite(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+def as_number(name: str, value: float, positive: bool = False) -> float:
+    """Return the value as a float.
+
+    Raises:
+        ValueError: it is not a finite number (above 0). The message has the argument's name.
+    """
+    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or (positive and value <= 0):
+        raise ValueError(f"{name} must be a finite number{' above 0' * positive}, got {value!r}")
     return float(value)

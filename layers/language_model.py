@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from layers.regularization import drop_words, dropout
 from layers.softmax import AdaptiveSoftmax, FullSoftmax
+from relational_rnn_general import as_number
 
 
 class LanguageModel(nn.Module):
@@ -117,7 +118,7 @@ class LanguageModel(nn.Module):
 
 def check_probability(name: str, value: float) -> None:
     """Raise ValueError unless value is a dropout probability, 0 <= value < 1."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+    if not 0 <= as_number(name, value) < 1:
         raise ValueError(f"{name} must be a probability of at least 0 and below 1, got {value!r}")
 
 

@@ -17,7 +17,6 @@ are not 0; everything else has the shapes of the full task (K, D), so the model 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from layers.fused import fused_precision
 from relational_rnn_fast import FastRelationalMemory
-from relational_rnn_general import as_integer
+from relational_rnn_general import as_integer, as_number
 
 KIND = "nth_farthest"
 MODELS = ("rmc", "lstm")
@@ -148,22 +147,17 @@ class NthFarthestModel(nn.Module):
         super().__init__()
         core = CORE_DEFAULTS | core
         # Plain data for a checkpoint: NthFarthestModel(**config) has the same shape.
-        self.config = config = {
+        self.config = {
             "num_vectors": as_integer("num_vectors", num_vectors),
             "num_dims": as_integer("num_dims", num_dims),
             "model": model,
             "hidden_size": as_integer("hidden_size", hidden_size),
             "head_layers": as_integer("head_layers", head_layers),
             "head_units": as_integer("head_units", head_units),
-            "input_scale": input_scale,
-            "memory_scale": memory_scale,
+            "input_scale": as_number("input_scale", input_scale, positive=True),
+            "memory_scale": as_number("memory_scale", memory_scale, positive=True),
             **core,
         }
-        for name in ("input_scale", "memory_scale"):
-            value = config[name]
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0 < value < math.inf):
-                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
         self.num_vectors, self.num_dims = num_vectors, num_dims
         self.input_scale, self.memory_scale = input_scale, memory_scale
         input_size = 3 * num_vectors + num_dims

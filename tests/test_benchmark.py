@@ -55,10 +55,10 @@ def test_the_table_has_all_rows_and_variants(small, capsys):
         assert float(plain) > 0 and old == "-" and float(lstm) > 0
 
 
-def test_variants_take_turns_in_rotating_order_until_the_time_limit(small, capsys):
+def test_variants_take_turns_in_rotating_order(small, capsys):
     called = []
     calls = {label: lambda label=label: called.append(label) for label in "abc"}
-    args = SimpleNamespace(bf16=False, rounds=5, seconds=1e-9, clock="wall")
+    args = SimpleNamespace(bf16=False, rounds=3, clock="wall")
     samples = benchmark.Bench(args, torch.device("cpu")).measure(calls)
     assert "".join(called) == "abc" + "abc" + "bca" + "cab"  # the first three are not counted
     assert {label: len(times) for label, times in samples.items()} == {"a": 3, "b": 3, "c": 3}

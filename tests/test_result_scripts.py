@@ -1,9 +1,8 @@
-"""Scripts under results/: commands fit the training scripts, finished work is not repeated. docs/step.svg."""
+"""Scripts under results/: commands fit the training scripts, finished work is not repeated."""
 
 import importlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -81,8 +80,3 @@ def test_an_unfinished_run_is_resumed_or_without_a_save_started_again(tmp_path):
     _, calls = run("nth_farthest/run_gpu.sh", tmp_path)
     assert "--resume" not in calls[0] and calls[0][calls[0].index("--name") + 1] == "rmc-seed2"
     assert (tmp_path / "rmc-seed2" / "log.jsonl").exists()
-
-
-def test_the_drawing_of_a_step_is_what_its_script_draws(tmp_path):
-    subprocess.run([sys.executable, ROOT / "docs" / "draw_step.py", tmp_path / "step.svg"], check=True)
-    assert (tmp_path / "step.svg").read_bytes() == (ROOT / "docs" / "step.svg").read_bytes()

@@ -48,7 +48,6 @@ from tasks.nth_farthest import NthFarthestModel, make_batch
 SECTIONS = ("lm", "nth", "step")
 RMC, PLAIN, OLD, LSTM = VARIANTS = ("RMC", "plain core", "old port's way", "LSTM, equal size")
 SHORTEST_SAMPLE = 0.02  # seconds; several calls make one sample of a faster function
-FEWEST_ROUNDS = 3  # a median of fewer means nothing
 Calls = dict[str, Callable[[], object]]
 Loss = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -132,7 +131,7 @@ class Bench:
     """The device, the clock and the rows of the table, which are printed as they are measured."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.device, self.bf16, self.rounds, self.seconds = device, args.bf16, args.rounds, args.seconds
+        self.device, self.bf16, self.rounds = device, args.bf16, args.rounds
         self.clock = time.process_time if args.clock == "cpu" else time.perf_counter
         about = runs.describe_environment()
         gpu = f"{', '.join(about['gpus'])}, CUDA {about['cuda']}, " if device.type == "cuda" else ""
@@ -182,10 +181,8 @@ class Bench:
                 seconds = self.time(call, 1)
             repeats[label] = max(1, min(1000, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-6))))
         samples: dict[str, list[float]] = {label: [] for label in calls}
-        labels, began = list(calls), time.perf_counter()
+        labels = list(calls)
         for number in range(self.rounds):
-            if number >= FEWEST_ROUNDS and time.perf_counter() - began > self.seconds:
-                break
             first = number % len(labels)
             for label in labels[first:] + labels[:first]:
                 samples[label].append(1000 * self.time(calls[label], repeats[label]))
@@ -250,8 +247,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
         help="rows to measure: lm (language models), nth (Nth farthest), step (a single step)")  # fmt: skip
     add("--rounds", type=flags.positive_int, default=7, metavar="N", help="samples of each variant")
-    add("--seconds", type=flags.positive_float, default=90.0, metavar="S",
-        help=f"end a row after this wall time, but not before {FEWEST_ROUNDS} rounds")  # fmt: skip
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time of all threads, for a busy machine; best with --threads 1")  # fmt: skip
     add("--cuda", action="store_true", help="measure on the GPU")

@@ -15,15 +15,11 @@ from pathlib import Path
 import _project  # noqa: F401
 from training import console, files, flags, runs
 
-import run_files
-
 
 def pack(folder: Path) -> str:
-    """Return the line of a study file for a run folder: its arguments and its log."""
-    run_files.read_run_folder(folder)  # rejects a damaged run
-    record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    """Return the line of a study file for a run folder."""
     log = list(runs.log_events(folder / "log.jsonl"))
-    entry = {"name": folder.resolve().name, "args": record, "log": log}
+    entry = {"name": folder.resolve().name, "args": runs.read_json(folder / "args.json"), "log": log}
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
