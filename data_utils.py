@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training import checkpoints
-from training.console import UserError, first_line, run_script, say, warn
+from training.console import UserError, run_script, say, warn
 from training.files import atomic_write
 
 import numpy as np
@@ -37,6 +37,7 @@ UNK = "<unk>"
 IGNORED = -100  # target at a position without a word; every loss of this project skips negative targets
 SPLITS = download.SPLITS
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
+FEW_TOKENS = 1000  # with 2 nats of deviation per token, their perplexity is uncertain by 6 %
 
 # ---- vocabulary, corpus
 
@@ -310,8 +311,8 @@ def load_cache(path: Path) -> Corpus | None:
         contents = checkpoints.load_checkpoint(path)
         vocabulary = Vocabulary(contents["words"].split("\n"))
         return Corpus(path.parent, vocabulary, *(contents[split] for split in SPLITS))
-    except (UserError, LookupError) as error:
-        warn(f"the corpus cache {path} cannot be used ({first_line(error)}); it is rebuilt")
+    except (UserError, LookupError):
+        warn(f"the corpus cache {path} cannot be read or is damaged; the texts are tokenized again")
         return None
 
 
@@ -379,12 +380,12 @@ class TokenStreams:
 # ---- raw texts
 
 
-def paragraphs(texts: list[str]) -> list[str]:
-    """Return the paragraphs of texts if blank lines separate them at least 20 times, otherwise the lines."""
+def paragraphs(texts: list[str]) -> tuple[list[str], str]:
+    """Return the texts' paragraphs, if blank lines separate them at least 20 times, or lines; and which."""
     found = [re.split(r"\n\s*\n", text.strip()) for text in texts]
     if sum(len(parts) - 1 for parts in found) >= 20:
-        return [" ".join(paragraph.split()) for parts in found for paragraph in parts]
-    return [line for text in texts for line in text.split("\n") if line.strip()]
+        return [" ".join(paragraph.split()) for parts in found for paragraph in parts], "paragraphs"
+    return [line for text in texts for line in text.split("\n") if line.strip()], "lines"
 
 
 def read_texts(paths: list[Path]) -> list[str]:
@@ -415,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="folder of the corpus (default: data/NAME for a text or folder NAME)",
+        help="folder of the corpus (default: data/book for book.txt or a folder book)",
     )
     parser.add_argument("--lower", action="store_true", help="convert to lower case")
     parser.add_argument(
@@ -428,8 +429,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{out} already contains a corpus. Choose another folder with --out.")
     if args.vocab_size is not None and args.vocab_size < 3:
         raise UserError(f"--vocab-size must be at least 3, got {args.vocab_size}.")
-    text = "\n".join(paragraphs(read_texts(args.texts)))
-    lines = [line.split() for line in punctuation.separate(text, args.lower).split("\n")]
+    units, unit = paragraphs(read_texts(args.texts))
+    lines = [line.split() for line in punctuation.separate("\n".join(units), args.lower).split("\n")]
     if len(lines) < 3:
         raise UserError(f"too few lines to split into three texts: {len(lines)}. Use at least 3 lines.")
     ends = np.cumsum([len(line) + 1 for line in lines])  # tokens up to the end of each line
@@ -446,7 +447,10 @@ def main(argv: list[str] | None = None) -> None:
     for split, part in splits.items():
         content = "".join(" ".join(line) + "\n" for line in part).encode()
         atomic_write(out / f"{split}.txt", lambda file, content=content: file.write(content))
-        say(f"{out / split}.txt: {len(part):,} lines, {sum(map(len, part)) + len(part):,} tokens")
+        tokens = sum(map(len, part)) + len(part)
+        say(f"{out / split}.txt: {len(part):,} {unit}, {tokens:,} tokens")
+        if split != "train" and tokens < FEW_TOKENS:
+            warn(f"{split}.txt has fewer than {FEW_TOKENS:,} tokens, too few for a reliable perplexity")
     name = out.name if args.out is None else str(out)
     say(f"To train on it: python train_rmc.py --recipe tiny --data {shlex.quote(name)}")
 

@@ -93,7 +93,7 @@ def choose(
         scores[:, top_k:] = -torch.inf
     probabilities = scores.softmax(dim=1)
     if top_p < 1:
-        before = probabilities.cumsum(dim=1) - probabilities  # of the likelier words
+        before = probabilities.cumsum(dim=1) - probabilities  # of the more likely words
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # multinomial normalizes again
     return order.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
@@ -176,7 +176,11 @@ def find_model(args: argparse.Namespace) -> Path:
             f"no trained model: no run of a language model in {args.runs_folder} has a best.pt. "
             "Train one first (python train_rmc.py), or name one with --checkpoint."
         )
-    console.say(f"checkpoint: {run / 'best.pt'}, the newest of a language model in {args.runs_folder}")
+    data = runs.read_json(run / "args.json")["arguments"]["data"]
+    console.say(
+        f"checkpoint: {run / 'best.pt'}, trained on {data}; the newest model in {args.runs_folder}. "
+        "To use another: --checkpoint RUN_FOLDER"
+    )
     return run / "best.pt"
 
 

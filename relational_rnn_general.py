@@ -292,11 +292,17 @@ class RelationalMemory(nn.Module):
         return torch.stack(outputs, dim=1) if outputs else None, memory
 
     @torch.no_grad()
-    def inspect(self, inputs: Tensor, memory: Tensor | None = None) -> StepDetails:
+    def inspect(
+        self,
+        inputs: Tensor,
+        memory: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_memory: Tensor | None = None,
+    ) -> StepDetails:
         """Return the gates and the attention weights of all steps of a sequence, without gradients.
 
         Args:
-            inputs, memory: as in forward.
+            inputs, memory, resets, reset_memory: as in forward.
 
         Returns:
             StepDetails whose tensors have T after B: gates (B, T, N, D) or (B, T, N, 1), attention
@@ -304,8 +310,11 @@ class RelationalMemory(nn.Module):
         """
         inputs = self._checked_inputs(inputs, leading=("B", "T"))
         memory = self._checked_memory("memory", memory, inputs)
+        reset_memory = self._checked_resets(resets, reset_memory, inputs, leading=("B", "T"))
         steps = []
-        for input_t in inputs.unbind(1):
+        for t, input_t in enumerate(inputs.unbind(1)):
+            if resets is not None:
+                memory = torch.where(resets[:, t, None, None], reset_memory, memory)
             memory, details = self._advance(input_t, memory)
             steps.append(details)
         input_gates, forget_gates, attention = zip(*steps, strict=True)

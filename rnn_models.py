@@ -94,7 +94,10 @@ class RNNLM(LanguageModel):
         check_probability("dropout_hidden", dropout_hidden)
         super().__init__(config, hidden_size)
         options = {"nonlinearity": model.removeprefix("RNN_").lower()} if model.startswith("RNN_") else {}
-        self.rnn = LAYERS[model](embedding_size, hidden_size, num_layers, **options)  # holds the weights
+        # A module for each layer holds its weights: cuDNN would copy weights of a larger module.
+        self.rnn = LAYERS[model](embedding_size, hidden_size, **options)  # the first layer
+        upper = range(1, config["num_layers"])
+        self.upper = nn.ModuleList(LAYERS[model](hidden_size, hidden_size, **options) for _ in upper)
         self.function_name = model.lower()  # of torch.lstm, torch.lstm_cell and so on
         self.is_lstm = model == "LSTM"
         self.fused = fused
@@ -102,31 +105,31 @@ class RNNLM(LanguageModel):
 
     def initial_state(self, batch_size: int) -> Tensor:
         """Return zeros, (B, num_layers, hidden_size), or (B, 2 * num_layers, hidden_size) for an LSTM."""
-        rows = self.rnn.num_layers * (2 if self.is_lstm else 1)
+        rows = (1 + len(self.upper)) * (2 if self.is_lstm else 1)
         return self.embedding.weight.new_zeros(batch_size, rows, self.rnn.hidden_size)
 
     def recur(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run the layers: embedded (T, B, E) to the last layer's outputs (T, B, hidden_size)."""
-        dropped = {}
+        recurrent = self.recurrent_weights()
         if self.training and self.dropout_weights:
-            dropped = drop_weights(self.recurrent_weights(), self.dropout_weights)
+            recurrent = drop_weights(recurrent, self.dropout_weights)
         run_layer = self._fused_layer if self.fused else self._loop_of_cells
         # After bfloat16 steps the state may be of bfloat16.
-        parts = state.to(embedded.dtype).transpose(0, 1).contiguous().split(self.rnn.num_layers)
+        parts = state.to(embedded.dtype).transpose(0, 1).contiguous().split(1 + len(self.upper))
         outputs, after = embedded, []
-        for layer in range(self.rnn.num_layers):
-            if layer > 0:
+        layers = zip([self.rnn, *self.upper], recurrent.values(), strict=True)
+        for index, (layer, weight_hh) in enumerate(layers):
+            if index > 0:
                 outputs = dropout(outputs, self.dropout_hidden, self.training, self.locked_dropout)
-            names = (f"{part}_l{layer}" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-            weights = [dropped.get(name, getattr(self.rnn, name)) for name in names]
-            outputs, last = run_layer(outputs, [part[layer] for part in parts], weights)
+            weights = [layer.weight_ih_l0, weight_hh, layer.bias_ih_l0, layer.bias_hh_l0]
+            outputs, last = run_layer(outputs, [part[index] for part in parts], weights)
             after.append(last)
         return outputs, torch.stack([part for parts in zip(*after, strict=True) for part in parts], dim=1)
 
     def recurrent_weights(self) -> dict[str, Tensor]:
-        """Return the matrices that weight drop acts on, weight_hh of every layer, by nn.LSTM's names."""
-        names = (f"weight_hh_l{layer}" for layer in range(self.rnn.num_layers))
-        return {name: getattr(self.rnn, name) for name in names}
+        """Return the matrices that weight drop acts on, weight_hh of every layer, by name."""
+        upper = {f"upper.{i}.weight_hh_l0": layer.weight_hh_l0 for i, layer in enumerate(self.upper)}
+        return {"rnn.weight_hh_l0": self.rnn.weight_hh_l0, **upper}
 
     def _fused_layer(
         self, inputs: Tensor, state: list[Tensor], weights: list[Tensor]

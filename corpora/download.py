@@ -72,9 +72,10 @@ def fetch(name: str, target: Path) -> None:
             except Unusable as error:
                 reasons.append(f"{host}: {error}")
         else:
+            *_, archive = files  # of the last mirror
             raise UserError(
                 f"cannot download {name} ({'; '.join(reasons)}). Put its train.txt, valid.txt and test.txt "
-                f"into {target} by hand (in {file} they are wiki.train.tokens, wiki.valid.tokens and "
+                f"into {target} by hand (in {archive} they are wiki.train.tokens, wiki.valid.tokens and "
                 "wiki.test.tokens), or start with the bundled corpus: --recipe tiny"
             )
         try:

@@ -189,11 +189,12 @@ def test_gates_and_attention_of_one_step_and_of_a_sequence_agree(gate, width, ki
     assert details.input_gate.shape == (B, N, width)
     assert [a.shape for a in details.attention] == [(B, H, N + 1, N + 1)] * 2
     torch.testing.assert_close(details.attention[1].sum(-1), torch.ones(B, H, N + 1).double())
-    whole = core.inspect(inputs)
-    assert whole.attention[0].shape == (B, T, H, N + 1, N + 1) and not whole.attention[0].requires_grad
-    torch.testing.assert_close(whole.input_gate[:, -1], details.input_gate)
-    torch.testing.assert_close(whole.forget_gate[:, -1], details.forget_gate)
-    torch.testing.assert_close([a[:, -1] for a in whole.attention], details.attention)
+    at_end = torch.arange(T).expand(B, T) == T - 1
+    for whole in core.inspect(inputs), core.inspect(inputs, randn(B, N, D), at_end, before):
+        assert whole.attention[0].shape == (B, T, H, N + 1, N + 1) and not whole.attention[0].requires_grad
+        torch.testing.assert_close(whole.input_gate[:, -1], details.input_gate)
+        torch.testing.assert_close(whole.forget_gate[:, -1], details.forget_gate)
+        torch.testing.assert_close([a[:, -1] for a in whole.attention], details.attention)
 
 
 def test_core_without_gates_has_none_to_return(kind):

@@ -4,6 +4,7 @@ import concurrent.futures
 import gzip
 import hashlib
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -293,10 +294,10 @@ def test_unusable_caches_are_rebuilt(folder, capsys):
     expected = load_corpus(str(folder))
     (path,) = caches(folder)
     path.write_bytes(path.read_bytes()[:500])
-    for message in ("cannot be used", ""):
+    for message in ("is damaged; the texts are tokenized again", ""):
         assert equal(load_corpus(str(folder)), expected)
         err = capsys.readouterr().err
-        assert message in err and err.count("\n") == bool(message)
+        assert message in err and err.count("\n") == bool(message) and "best.pt" not in err
 
 
 def test_a_cache_that_cannot_be_written_gives_a_warning_and_the_corpus(folder, capsys, monkeypatch):
@@ -351,13 +352,14 @@ def test_a_book_becomes_a_corpus(tmp_path, monkeypatch, capsys):
     book = tmp_path / "my book.txt"
     book.write_text("".join(f"Word{i} is\nnew.\n\n" for i in range(100)), encoding="utf-8-sig")
     data_utils.main([str(book), "--lower"])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert out.endswith("python train_rmc.py --recipe tiny --data 'my book'\n")
     folder = tmp_path / "data" / "my book"
     lines = [f"word{i} is new .\n" for i in range(100)]
     for split, part in zip(SPLITS, (lines[:90], lines[90:95], lines[95:]), strict=True):
         assert (folder / f"{split}.txt").read_text() == "".join(part)
-    assert f"{folder / 'train.txt'}: 90 lines, 450 tokens" in out
+    assert f"{folder / 'train.txt'}: 90 paragraphs, 450 tokens" in out
+    assert re.findall(r"(\w+)\.txt has fewer than 1,000 tokens", err) == ["valid", "test"]
     assert len(load_corpus("my book").vocabulary) == 104
     with pytest.raises(UserError, match="already contains a corpus. Choose another folder with --out"):
         data_utils.main([str(book)])
@@ -381,9 +383,10 @@ def test_several_texts_with_a_limited_vocabulary(tmp_path, capsys):
 
 def test_lines_are_joined_if_the_whole_text_has_twenty_blank_lines():
     one, two = "a\nb\n\n\n" * 10 + "c", "d\n\n" * 10 + "e\nf\n"
-    assert data_utils.paragraphs([one, two]) == ["a b"] * 10 + ["c"] + ["d"] * 10 + ["e f"]
-    assert data_utils.paragraphs([one, two[3:]]) == ["a", "b"] * 10 + ["c"] + ["d"] * 9 + ["e", "f"]
-    assert data_utils.paragraphs(["a\nb"] * 30) == ["a", "b"] * 30
+    assert data_utils.paragraphs([one, two])[0] == ["a b"] * 10 + ["c"] + ["d"] * 10 + ["e f"]
+    lines = ["a", "b"] * 10 + ["c"] + ["d"] * 9 + ["e", "f"]
+    assert data_utils.paragraphs([one, two[3:]]) == (lines, "lines")
+    assert data_utils.paragraphs(["a\nb"] * 30)[0] == ["a", "b"] * 30
 
 
 @pytest.mark.parametrize("lines", [["a"] * 40 + ["b " * 99], ["a " * 99] + ["b"] * 40, ["a " * 99, "b", "c"]])

@@ -46,7 +46,9 @@ def trained(tmp_path_factory):
             optimizer.step()
         folders[name] = root / "runs" / name
         folders[name].mkdir(parents=True)
-        (folders[name] / "args.json").write_text(json.dumps({"script": f"train_{name[:3]}"}))
+        (folders[name] / "args.json").write_text(
+            json.dumps({"script": f"train_{name[:3]}", "arguments": {"data": f"of-{name}"}})
+        )
         contents = language_modeling.describe_model(name[:3], model, corpus.vocabulary)
         checkpoints.save_checkpoint(folders[name] / "best.pt", contents)
         os.utime(folders[name] / "best.pt", (1000 + age, 1000 + age))
@@ -196,7 +198,8 @@ def test_default_is_the_best_model_of_the_newest_run(trained, tmp_path, monkeypa
     (root / "other" / "best.pt").write_bytes(b"")  # newer, but not a language model
     monkeypatch.chdir(root.parent)
     assert generate_rmc.main(["--words", "5"]) == 0  # into generated.txt here
-    assert f"checkpoint: {os.path.join('runs', 'rmc-adaptive', 'best.pt')}" in capsys.readouterr().out
+    path = os.path.join("runs", "rmc-adaptive", "best.pt")
+    assert f"checkpoint: {path}, trained on of-rmc-adaptive; the newest" in capsys.readouterr().out
     text = (root.parent / "generated.txt").read_text(encoding="utf-8")
     assert len(text.replace("\n", " <eos> ").split()) == 6
     with pytest.raises(UserError, match="no trained model.*train_rmc.py"):

@@ -105,7 +105,7 @@ def test_locked_dropout_has_one_mask_per_window(name, masks):
 def test_weight_drop_equals_a_model_with_dropped_weights(name, masks):
     """One mask per window on the named matrices, with gradients for the raw weights."""
     model, by_hand = build(name, dropout_weights=0.5), build(name)
-    part, prefix = (by_hand.core, "core.") if "rmc" in name else (by_hand.rnn, "rnn.")
+    part, prefix = (by_hand.core, "core.") if "rmc" in name else (by_hand, "")
     tokens, targets, state = window(model)
     results = []
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_weight_drop_acts_on_the_matrices_that_multiply_the_state():
     gates = "memory_gate_projection.weight"
     assert names["rmc-adaptive"] == {qkv, "blocks.1.qkv_projection.weight", gates}
     assert names["rmc-untied"] == {qkv}
-    assert names["lstm"] == {"weight_hh_l0", "weight_hh_l1"}
+    assert names["lstm"] == {"rnn.weight_hh_l0", "upper.0.weight_hh_l0"}
 
 
 @pytest.mark.parametrize("name, changes", [("rmc", {}), ("lstm", {"fused": False})])
@@ -212,8 +212,8 @@ def test_average_equals_a_loop_over_the_weights():
 def test_averaged_copy_is_tied_in_eval_mode_and_flattened(monkeypatch):
     flattened = []
     monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda layer: flattened.append(layer))  # for cuDNN
-    model = build("lstm-tied")
+    model = build("lstm-tied")  # two layers, each flattened on its own
     flattened.clear()
     copy = regularization.WeightAverage(model, 0.5).model
-    assert flattened == [copy.rnn] and not copy.training
+    assert flattened == [copy.rnn, *copy.upper] and len(copy.upper) == 1 and not copy.training
     assert copy.output_layer.weight is copy.embedding.weight is not model.embedding.weight
