@@ -182,7 +182,16 @@ class _Scan(torch.autograd.Function):
 
 
 class _Window:
-    """The time loop over one window, forward and backward, with the weights and their gradients."""
+    """The time loop over one window, forward and backward, with the weights and their gradients.
+
+    Arguments: resets (T, B, 1, 1) or None; mask (None without one), memory, reset_memory (B, N, D); qkv_in,
+    gate_in and rows as _hoist returns them; memories and their gradient (T, B, N, D).
+
+    A step pushes on the stack `kept`, for each block: its rows (B * S, D), except in the first block; mean,
+    inverse deviation and inputs of the qkv norm; what the attention keeps; these three of the attention norm;
+    the inputs (B * Q, D) of each MLP layer; these three of the MLP norm. With gates, the candidate (B, N, D),
+    tanh(memory) (B * N, D) and the gates (B, N, G) follow. `backward` pops them in reverse order.
+    """
 
     def __init__(self, core: FastRelationalMemory, weights: Sequence[Tensor]):
         given = iter(weights)
@@ -200,7 +209,7 @@ class _Window:
         self.pair = core.mem_slots == core.input_rows == len(core.blocks) == 1
 
     def forward(self, resets, mask, memory, reset_memory, qkv_in, gate_in, rows, kept=None):
-        """Return the memories (T, B, N, D). Push on the stack `kept` what the backward pass takes from it."""
+        """Return the memories (T, B, N, D), each after a step; push on `kept`, unless it is None."""
         memories = memory.new_empty(len(qkv_in), *memory.shape)
         given, stack = self._by_step(qkv_in), [] if kept is None else kept
         gate_in, rows = ([None] * len(qkv_in) if x is None else x.unbind(0) for x in (gate_in, rows))

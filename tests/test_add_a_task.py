@@ -1,4 +1,4 @@
-"""The script on the page "Add a task": it learns, resumes and is evaluated."""
+"""The script on the page "Add a task": it learns, resumes and is evaluated, in two processes too."""
 
 import importlib.util
 import re
@@ -8,6 +8,7 @@ from training import runs
 
 import pytest
 from same_runs import after_step, assert_same_run
+from test_distributed import ends, two_processes
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "add_a_task.md"
 
@@ -38,3 +39,12 @@ def test_resume_equals_uninterrupted(script, tmp_path, monkeypatch):
     assert script.main([*argv, str(tmp_path / "parts")]) == 130
     assert script.main(["--resume", str(tmp_path / "parts" / "run")]) == 0
     assert_same_run(tmp_path / "whole" / "run", tmp_path / "parts" / "run")
+
+
+def test_two_processes_train_one_model(script, tmp_path):
+    argv = ["--steps", "100", "--log-interval", "25", "--name", "ones"]
+    with two_processes(tmp_path, script.__file__, *argv) as processes:
+        statuses, _, errors = ends(processes)
+    assert statuses == [0, 0], errors
+    events = runs.read_log(tmp_path / "runs" / "ones" / "log.jsonl")
+    assert events[-1]["accuracy"] > 0.8  # the correct ones of a single process are at most a half
