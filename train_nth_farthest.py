@@ -62,7 +62,7 @@ def build_parser() -> flags.Parser:
     flags.add_recipe_flag(parser, RECIPES)
     # fmt: off
     task = parser.add_argument_group("task")
-    option(task, "--num-vectors", _sequence_length, 8, "K", "vectors in a sequence, and labels")
+    option(task, "--num-vectors", flags.whole_number(2, 1000), 8, "K", "vectors in a sequence, and labels")
     option(task, "--num-dims", flags.positive_int, 16, "D", "dimensions of a vector")
     option(task, "--test-examples", flags.positive_int, 3200, "N",
            "number of fixed examples on which the test accuracy is measured")
@@ -99,13 +99,6 @@ def build_parser() -> flags.Parser:
 
 
 RESUME_MAY_CHANGE = frozenset({"steps", "target_accuracy", "curriculum_accuracy"})
-
-
-def _sequence_length(text: str) -> int:
-    value = flags.positive_int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be 2 or more, got {value}")
-    return value
 
 
 def _stage(text: str) -> str:

@@ -119,27 +119,6 @@ def test_progress_prints_lines_without_a_terminal(capsys):
     assert capsys.readouterr() == (lines, "")
 
 
-def test_streams_may_lack_isatty(monkeypatch):
-    """As those of a notebook or a service may."""
-
-    class Stream:
-        def __init__(self):
-            self.text, self.flush = "", lambda: None
-
-        def write(self, text):
-            self.text += text
-
-    out, err = Stream(), Stream()
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    with console.Progress(12, "epoch 1") as progress:
-        progress.advance(3)
-        progress.report("loss 1.5")
-    console.say("done")
-    console.warn("few steps")
-    assert (out.text, err.text) == ("epoch 1  3/12  loss 1.5\ndone\n", "warning: few steps\n")
-
-
 # ---- signals
 
 
@@ -157,6 +136,15 @@ def test_stop_signals_are_noted_for_the_next_step(name):
         signal.raise_signal(number)
         assert interrupts.requested == name and interrupts.exit_status == 128 + number
     assert signal.signal(number, original) is before
+
+
+def test_ignored_signals_stay_ignored():
+    """As SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with console.Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupts.requested is None
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_second_ctrl_c_stops_at_once(capfd):

@@ -1,6 +1,5 @@
 """Corpora: words, vocabulary, cache, streams and raw texts, compared with slow and obvious code."""
 
-import concurrent.futures
 import gzip
 import hashlib
 import os
@@ -308,16 +307,6 @@ def test_a_cache_that_cannot_be_written_gives_a_warning_and_the_corpus(folder, c
     assert len(load_corpus(str(folder)).train) == 9 and caches(folder) == []
     err = capsys.readouterr().err
     assert "could not write" in err and "Read-only file system" in err and err.count("\n") == 1
-
-
-def test_several_runs_cache_at_once(folder, capsys):
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
-            for path in caches(folder):
-                path.unlink()
-            first, *others = pool.map(load_corpus, [str(folder)] * 4)
-            assert all(equal(first, other) for other in others)
-    assert capsys.readouterr().err == "" and len(caches(folder)) == 1
 
 
 # ---- streams

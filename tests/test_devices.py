@@ -1,4 +1,4 @@
-"""Devices, threads, memory, replicas and random numbers."""
+"""Devices, threads, replicas and random numbers."""
 
 import os
 import subprocess
@@ -88,38 +88,6 @@ def test_threads_are_those_of_the_machine_or_the_flag(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert devices.choose_threads(requested, torch.device(device)) == threads
     assert used == [threads] and capsys.readouterr().out == printed
-
-
-# ---- memory
-
-
-FAULTS = """
-import resource, torch
-from training import devices
-
-def faults(count):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(count):
-        torch.ones(48 << 20, dtype=torch.uint8)  # more than glibc keeps by default
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-faults(1)
-returned = faults(10)
-if devices.keep_freed_memory():
-    faults(20)  # glibc needs some aligned pieces before it finds a freed one that fits
-    print(returned, faults(10))
-"""
-
-
-def test_freed_memory_is_kept_for_the_next_allocation():
-    # In another process: what other tests have left in the heap decides where pieces fit.
-    home = Path(devices.__file__).parent.parent
-    command = [sys.executable, "-c", FAULTS]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=home)
-    if not answer.stdout:
-        pytest.skip("requires glibc")
-    returned, kept = map(int, answer.stdout.split())
-    assert kept < returned / 5
 
 
 # ---- several GPUs in one process

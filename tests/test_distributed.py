@@ -5,7 +5,6 @@ seconds, so all processes are forked from one and do all cases in turn.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import random
@@ -14,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training import checkpoints, devices, distributed, runs
+from training import checkpoints, distributed, runs
 from training.console import UserError
 from training.distributed import ALONE, Processes
 
@@ -409,23 +408,6 @@ def test_bug_in_one_process_ends_all_with_its_traceback(corpus_folder, tmp_path)
     assert not os.listdir(tmp_path / "runs")
 
 
-def test_sigterm_to_one_process_saves_and_stops_both(corpus_folder, tmp_path):
-    argv = [ROOT / "train_rnn.py", *SMALL.split(), "--data", corpus_folder, "--epochs", "99999"]
-    with two_processes(tmp_path, *argv, "--name", "run") as processes:
-        for line in processes[0].stdout:
-            if "(best)" in line:
-                processes[1].send_signal(signal.SIGTERM)
-                break
-        statuses, outputs, errors = ends(processes)
-    assert statuses == [128 + signal.SIGTERM] * 2
-    assert "stopped by SIGTERM" in outputs[0] and "--resume runs/run" in outputs[0] and outputs[1] == ""
-    assert "Traceback" not in "".join(errors)
-    last = checkpoints.load_checkpoint(tmp_path / "runs" / "run" / "last.pt")
-    assert f"step {last['position']['step']:,}" in outputs[0] and len(last["state"]) == 14
-    record = json.loads((tmp_path / "runs" / "run" / "args.json").read_text())
-    assert (record["processes"], record["launcher"]) == (2, "torchrun --nproc-per-node=2")
-
-
 # ---- the environment, shares, messages
 
 
@@ -454,20 +436,3 @@ def test_environment_of_torchrun_is_recognized(monkeypatch):
 def test_uneven_batch_is_rejected_with_sizes_that_fit(batch, world_size, micro_batches, message):
     with pytest.raises(UserError, match=message):
         Processes(0, world_size).check_batch("--batch-size", batch, micro_batches)
-
-
-def test_another_number_of_gpus_seeds_the_generators_from_the_step(monkeypatch, capsys):
-    """Otherwise the generators would stand at --seed again, and the first dropout masks would repeat."""
-    states = devices.random_states(CPU) | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 2}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    draws = set()
-    for step, rank in ((5, 0), (6, 0), (5, 1)):
-        torch.manual_seed(7)
-        Processes(rank, 2).restore_random_states([states, states], torch.device("cuda"), 7, step)
-        draws.add(torch.rand(()).item())
-    torch.manual_seed(7)
-    assert len(draws | {torch.rand(()).item()}) == 4
-    assert (
-        capsys.readouterr().err.count("number of processes or GPUs has changed") == 2
-    )  # by the main process

@@ -1,6 +1,5 @@
 """Downloading corpora from a local server with the faults that mirrors have."""
 
-import concurrent.futures
 import hashlib
 import http.server
 import io
@@ -121,21 +120,6 @@ def test_the_second_mirror_has_an_archive_whose_paths_are_ignored(
     check_downloaded()
     assert os.listdir(tmp_path) == ["data"]
     assert capsys.readouterr().out.count("downloading corpus from 127.0.0.1") == 2
-
-
-def test_two_runs_download_at_once(server, monkeypatch):
-    both = threading.Barrier(2, timeout=10)
-
-    def together(handler):
-        both.wait()
-        handler.reply(TEXTS["test"])
-
-    server.files = RAW | {"/raw/test.txt": together}
-    publish(monkeypatch, (f"{server.url}/raw/", FILES))
-    monkeypatch.setattr(download, "TIMEOUT", 10)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(download.fetch, ["corpus"] * 2, [data_utils.DATA_FOLDER / "corpus"] * 2))
-    check_downloaded()
 
 
 # ---- mirrors that fail

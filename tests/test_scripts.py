@@ -9,7 +9,6 @@ from pathlib import Path
 
 from training import checkpoints, flags, runs
 from training.console import UserError
-from training.distributed import ALONE
 from training.trainer import Trainer
 
 import pytest
@@ -225,28 +224,18 @@ def finished(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A copy of `finished` that a test may alter."""
-    for folder in (finished / "runs").iterdir():
-        shutil.copytree(folder, tmp_path / "runs" / folder.name)
-        record = json.loads((folder / "args.json").read_text())
-        record["arguments"]["runs_folder"] = str(tmp_path / "runs")
-        (tmp_path / "runs" / folder.name / "args.json").write_text(json.dumps(record))
-    return tmp_path / "runs"
-
-
-def test_a_finished_run_without_best_pt_says_so(copied):
-    folder = copied / "train_rnn"
-    (folder / "best.pt").unlink()
+def test_a_finished_run_without_best_pt_says_so(finished, tmp_path):
+    shutil.copytree(finished / "runs" / "train_rnn", tmp_path / "run")
+    (tmp_path / "run" / "best.pt").unlink()
     with pytest.raises(UserError, match="best.pt is missing"):
-        train_rnn.main(["--resume", str(folder)])
+        train_rnn.main(["--resume", str(tmp_path / "run")])
 
 
-def test_resume_rejects_another_text(copied, tmp_path):
+def test_resume_rejects_another_text(finished, tmp_path):
     other = write_corpus(tmp_path / "other", seed=6)
+    resume = ["--resume", str(finished / "runs" / "train_rnn"), "--epochs", "2"]
     with pytest.raises(UserError, match="not the one that this run was started on"):
-        train_rnn.main(["--resume", str(copied / "train_rnn"), "--epochs", "2", "--data", str(other)])
+        train_rnn.main([*resume, "--data", str(other)])
 
 
 @pytest.mark.parametrize("written", [0, 1], ids=["nothing written", "one report"])
@@ -347,22 +336,6 @@ def test_flags_reach_the_model(script, line, expected):
         part = {**part, "num_layers": 1 + len(model.upper)}
     for name, value in expected.items():
         assert model.config.get(name, value) == value == part.get(name, value), name
-
-
-def test_flags_reach_the_training_loop(corpus_folder, tmp_path):
-    """Those that tests/test_lm_training.py does not compare with a plain loop."""
-    torch.manual_seed(1)
-    line = "--batch-size 14 --bptt 200 --epochs 1 --eval-batch-size 4"
-    parser = train_rnn.build_parser()
-    args = parser.parse_args([*SIZES[train_rnn].split(), *line.split(), "--data", str(corpus_folder)])
-    script = language_modeling.script("train_rnn", "rnn", parser, train_rnn.build_model, {})
-    trainer = script.build(args, torch.device("cpu"), ALONE)
-    trainer.train(tmp_path)
-    trainer.model.train()
-    loss = runs.read_log(tmp_path / "log.jsonl")[-1]["loss"]
-    for streams, equal in ((4, True), (5, False)):
-        again = language_modeling.evaluate(trainer.model, trainer.task.corpus.valid, streams, 9, "cpu")
-        assert (abs(loss - again) < 1e-6) == equal and trainer.model.training
 
 
 @SCRIPTS

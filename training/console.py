@@ -170,7 +170,7 @@ class Progress:
             desc=label,
             dynamic_ncols=True,
             leave=False,
-            disable=not getattr(sys.stderr, "isatty", bool)(),  # a notebook's or service's may lack it
+            disable=not sys.stderr.isatty(),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
         )
 
