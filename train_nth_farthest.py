@@ -20,7 +20,7 @@ from training import distributed, flags
 from training.console import UserError
 from training.distributed import Processes
 from training.flags import option
-from training.muon import MuonWithAdam
+from training.muon import OPTIMIZERS
 from training.script import Script, open_best, run
 from training.trainer import Trainer
 
@@ -30,7 +30,6 @@ from tasks.core_flags import add_core_flags, core_arguments
 from tasks.nth_farthest import CORE_DEFAULTS, HOLD, MODELS, NthFarthest, NthFarthestModel, measure
 
 SCRIPT = "train_nth_farthest"
-OPTIMIZERS = {"adam": torch.optim.Adam, "muon": MuonWithAdam}
 
 RECIPES = {
     # The full task on one CPU thread, by way of easier tasks.
@@ -88,9 +87,6 @@ def build_parser() -> flags.Parser:
            "factor on the identity matrix that is the initial memory; 1 in the paper")
     training = parser.add_argument_group("training")
     flags.add_step_flags(training, steps=500_000, batch_size=1600, lr=1e-4)
-    option(training, "--optimizer", None, "adam", None,
-           "adam, or muon: Muon at three times --lr for weight matrices, Adam for the rest",
-           choices=tuple(OPTIMIZERS))
     option(training, "--target-accuracy", flags.probability, 1.0, "P",
            f"stop early when the test accuracy has reached this {HOLD} times in a row")
     # fmt: on

@@ -265,7 +265,6 @@ class NthFarthest(Task):
     ) -> None:
         self.model, self.args, self.device, self.processes = model, args, device, processes
         self.total_steps = args.steps
-        self.can_be_captured = args.optimizer == "adam"
         self.stages = stages
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.test_set = fixed_test_set(args, TEST_SEED, args.test_examples, device)

@@ -182,6 +182,9 @@ def add_step_flags(group: argparse._ArgumentGroup, steps: int, batch_size: int, 
     option(group, "--steps", positive_int, steps, "N", "training steps; can be changed with --resume")
     option(group, "--batch-size", positive_int, batch_size, "N", "examples per step, each used once")
     option(group, "--lr", positive_float, lr, "X", "peak learning rate")
+    option(group, "--optimizer", None, "adam", None,
+           "adam, or muon: Muon at three times --lr for weight matrices, Adam for the rest",
+           choices=("adam", "muon"))
     option(group, "--warmup", non_negative_int, 0, "STEPS", "steps in which the learning rate grows from 0")
     option(group, "--schedule", None, "constant", None,
            "learning rate after warm-up: constant, or along a cosine to 0 at --steps",

@@ -73,3 +73,6 @@ class MuonWithAdam:
         """Restore what `state_dict` returned."""
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
+
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "muon": MuonWithAdam}

@@ -20,6 +20,7 @@ from training import checkpoints, console, devices, runs
 from training.console import UserError, warn
 from training.cuda_graphs import capture_together
 from training.distributed import FlatGradients, Processes
+from training.muon import MuonWithAdam
 from training.schedule import LearningRate
 
 import torch
@@ -190,8 +191,9 @@ class Trainer:
         self.sums = torch.zeros(len(task.sums) + 1, dtype=torch.float64, device=device)
         # The parts of a step. Processes exchange gradients between the two, outside the CUDA graphs.
         self.parts = self.captured_parts = [self.add_gradients, self.update]
-        # Replicas run in threads, which cannot be captured.
-        if task.can_be_captured and not args.no_cuda_graph and self.replicas is self.model:
+        # Neither Muon nor replicas, which run in threads, can be captured.
+        captures = task.can_be_captured and not isinstance(self.optimizer, MuonWithAdam)
+        if captures and not args.no_cuda_graph and self.replicas is self.model:
             parts = [self.whole_step] if alone and device.type == "cuda" else self.parts
             self.captured_parts = capture_together(parts, device, warn, beside_threads=not alone)
         self.worst_score = -math.inf if task.higher_is_better else math.inf

@@ -3,7 +3,6 @@
 #
 #   results/learning_to_execute/run.sh                    the six kinds, RMC and LSTM, seed 1; a table at the end
 #   SEEDS="1 2 3" results/learning_to_execute/run.sh copy reverse
-#   results/learning_to_execute/run.sh long               twice the length for strings, 5 times the steps; not run yet
 #   DEVICE=--cuda results/learning_to_execute/run.sh paper    the paper's sizes and steps; not run yet
 #
 # Settings: OUT (runs/learning_to_execute), SEEDS (1), MINUTES, DEVICE and PYTHON, see results/train.sh.
@@ -14,11 +13,11 @@ DEVICE=${DEVICE:-}
 SEEDS=${SEEDS:-1}
 source results/train.sh
 
-# both NAME FLAGS...: the RMC and the LSTM, whose best rate was twice as high in short trials with reverse.
+# both NAME FLAGS...: the RMC and the LSTM, whose best rate was twice as high in short trials (trials.txt).
 both() {
     for seed in $SEEDS; do
         train train_learning_to_execute "$1-rmc-seed$seed" "${@:2}" --seed "$seed"
-        train train_learning_to_execute "$1-lstm-seed$seed" "${@:2}" --model lstm --lr 0.016 --seed "$seed"
+        train train_learning_to_execute "$1-lstm-seed$seed" "${@:2}" --model lstm --lr 0.01 --seed "$seed"
     done
 }
 
@@ -30,9 +29,6 @@ case "$*" in
                 train train_learning_to_execute "paper-$kind-$model" --program-kind "$kind" --model "$model"
             done
         done ;;
-    long)
-        for kind in copy reverse double; do both "long-$kind" --recipe "$kind" --length 10 --steps 3000; done
-        for kind in addition control program; do both "long-$kind" --recipe "$kind" --steps 3000; done ;;
     *)
         for kind in "${@:-${kinds[@]}}"; do both "$kind" --recipe "$kind"; done ;;
 esac
