@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.given(argv)
     if "show" in given and "evaluate" not in given:
         args = flags.parse(parser, SCRIPT, given, RECIPES, RESUME_MAY_CHANGE)
-        task.show_examples(task.write_programs(args, args.show, random.Random(task.FINAL_TEST_SEED)))
+        task.show_examples(args, task.write_programs(args, args.show, random.Random(task.FINAL_TEST_SEED)))
         return 0
     return run(Script(SCRIPT, parser, build, evaluate_run, RECIPES, RESUME_MAY_CHANGE), argv)
 

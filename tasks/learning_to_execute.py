@@ -29,17 +29,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import relational_rnn_models
 from layers.fused import fused_precision
+from layers.mlp import answer_mlp
 from relational_rnn_fast import FastRelationalMemory
-from tasks import nth_farthest
+from relational_rnn_general import as_integer
 
 SCRIPT = "train_learning_to_execute"
 MODELS = ("rmc", "lstm")
-CORE_DEFAULTS = nth_farthest.CORE_DEFAULTS | {
+CORE_DEFAULTS = relational_rnn_models.CORE_DEFAULTS | {
     "mem_slots": 4,
     "head_size": 128,
     "num_heads": 4,
     "gate_style": "memory",
+    "attention_mlp_layers": 2,
+    "key_size": None,
 }
 CHARACTERS = string.digits + string.ascii_lowercase + "+-*=<>(): \n"  # of programs
 END = "."
@@ -171,11 +175,15 @@ class ExecuteModel(nn.Module):
             input, and the MLP reads both layers.
         hidden_size: units of each LSTM layer.
         head_layers, head_units: number and width of the MLP's hidden ReLU layers.
-        core: keyword arguments of RelationalMemory.
+        core: keyword arguments of RelationalMemory; CORE_DEFAULTS has the defaults.
+
+    Raises:
+        ValueError: an argument is outside its range; the message names it.
     """
 
     def __init__(self, model: str, hidden_size: int, head_layers: int, head_units: int, **core: Any):
         super().__init__()
+        core = CORE_DEFAULTS | core
         # Plain data for a checkpoint: ExecuteModel(**config) has the same shape.
         sizes = {"hidden_size": hidden_size, "head_layers": head_layers, "head_units": head_units}
         self.config = {"model": model, **sizes, **core}
@@ -183,14 +191,13 @@ class ExecuteModel(nn.Module):
         if model == "rmc":
             self.core = FastRelationalMemory(input_size=inputs, return_all_outputs=True, **core)
             width = self.core.output_size
-        else:
-            sizes = (inputs, inputs + hidden_size)
+        elif model == "lstm":
+            sizes = (inputs, inputs + as_integer("hidden_size", hidden_size))
             self.core = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in sizes)
             width = 2 * hidden_size
-        layers: list[nn.Module] = []
-        for size in [width] + [head_units] * (head_layers - 1):
-            layers += [nn.Linear(size, head_units), nn.ReLU()]
-        self.head = nn.Sequential(*layers, nn.Linear(head_units, len(SYMBOLS)))
+        else:
+            raise ValueError(f"model must be 'rmc' or 'lstm', got {model!r}")
+        self.head = answer_mlp(width, head_layers, head_units, len(SYMBOLS))
 
     def forward(self, codes: Tensor, steps: Tensor) -> Tensor:
         """Return logits (B, A, S) of the answer from codes (B, T) and steps (B, A)."""
@@ -250,7 +257,6 @@ class LearningToExecute(trainer.Task):
     ) -> None:
         self.model, self.args, self.device = model, args, device
         self.mine = processes.shard(args.batch_size)
-        self.examples = self.mine.stop - self.mine.start
         self.full_count, self.total_steps = args.batch_size, args.steps
         self.draw = random.Random(args.seed)
         # A captured step needs batches of one shape. On a CPU, shorter batches save time.
@@ -258,7 +264,8 @@ class LearningToExecute(trainer.Task):
         self.sizes = longest(args.program_kind, args.nesting, args.length) if on_gpu else (0, 0)
         examples = write_programs(args, args.test_examples, random.Random(TEST_SEED))
         self.chance = constant_accuracy(examples)
-        self.test_set = [part.to(device) for part in encode(examples)]
+        mine = processes.shard(len(examples))
+        self.test_set = [part[mine].to(device) for part in encode(examples)]
 
     def facts(self) -> dict[str, Any]:
         return {"chance": self.chance}
@@ -282,8 +289,9 @@ class LearningToExecute(trainer.Task):
     def report(self, trainer: Trainer, totals: dict[str, float], elapsed: float) -> tuple[dict, str, str]:
         count, speed = trainer.position.interval_count, trainer.timed_count / elapsed
         self.model.eval()
-        characters, right, answers = count_correct(self.model, self.test_set, self.args.batch_size).tolist()
+        counts = count_correct(self.model, self.test_set, self.args.batch_size)
         self.model.train()
+        characters, right, answers = trainer.processes.all_reduce(counts).tolist()
         fields = {
             "loss": totals["losses"] / count,
             "accuracy": totals["correct characters"] / totals["characters"],
@@ -326,11 +334,17 @@ def measure(checkpoint: dict, args: argparse.Namespace, device: torch.device, sh
     if show:
         codes, steps, _ = (part[:show] for part in batch)
         rows = model(codes, steps).argmax(dim=2).tolist()
-        show_examples(examples[:show], ["".join(SYMBOLS[i] for i in row).partition(END)[0] for row in rows])
+        show_examples(
+            args, examples[:show], ["".join(SYMBOLS[i] for i in row).partition(END)[0] for row in rows]
+        )
     return scores
 
 
-def show_examples(examples: Sequence[tuple[str, str]], written: Sequence[str] = ()) -> None:
-    """Print programs, answers and, if given, what a model has written."""
+def show_examples(
+    args: argparse.Namespace, examples: Sequence[tuple[str, str]], written: Sequence[str] = ()
+) -> None:
+    """Print programs of the kind that args describe, answers and, if given, what a model has written."""
+    if args.program_kind in OPERATIONS:
+        say(f"Answers are modulo 10^(length + 1) = {10 ** (args.length + 1):,}.\n")
     for (program, answer), text in itertools.zip_longest(examples, written):
         say(f"{program}\n    answer: {answer}" + ("" if text is None else f"   model: {text}") + "\n")

@@ -31,7 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import relational_rnn_models
 from layers.fused import fused_precision
+from layers.mlp import answer_mlp
 from relational_rnn_fast import FastRelationalMemory
 from relational_rnn_general import as_integer, as_number
 
@@ -46,17 +48,12 @@ FINAL_TEST_FACTOR = 4
 HOLD = 3  # reports in a row that must reach the target accuracy
 
 # RelationalMemory's keyword arguments in the paper's model of this task.
-CORE_DEFAULTS = {
+CORE_DEFAULTS = relational_rnn_models.CORE_DEFAULTS | {
     "mem_slots": 8,
     "head_size": 32,
     "num_heads": 8,
-    "num_blocks": 1,
-    "forget_bias": 1.0,
-    "input_bias": 0.0,
-    "gate_style": "unit",
     "attention_mlp_layers": 2,
     "key_size": None,
-    "init_scale": 1.0,
 }
 
 
@@ -152,8 +149,8 @@ class NthFarthestModel(nn.Module):
             "num_dims": as_integer("num_dims", num_dims),
             "model": model,
             "hidden_size": as_integer("hidden_size", hidden_size),
-            "head_layers": as_integer("head_layers", head_layers),
-            "head_units": as_integer("head_units", head_units),
+            "head_layers": head_layers,
+            "head_units": head_units,
             "input_scale": as_number("input_scale", input_scale, positive=True),
             "memory_scale": as_number("memory_scale", memory_scale, positive=True),
             **core,
@@ -169,10 +166,7 @@ class NthFarthestModel(nn.Module):
             width = hidden_size
         else:
             raise ValueError(f"model must be 'rmc' or 'lstm', got {model!r}")
-        layers: list[nn.Module] = []
-        for size in [width] + [head_units] * (head_layers - 1):
-            layers += [nn.Linear(size, head_units), nn.ReLU()]
-        self.head = nn.Sequential(*layers, nn.Linear(head_units, num_vectors))
+        self.head = answer_mlp(width, head_layers, head_units, num_vectors)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (B, K) of the answer, before any softmax, from inputs (B, K, F)."""

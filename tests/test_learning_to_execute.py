@@ -196,15 +196,22 @@ def test_resume_equals_uninterrupted(kind, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", folder)
 
 
-def test_processes_divide_one_batch_and_all_runs_measure_the_same_examples():
+def test_processes_divide_the_batch_and_the_test_set_which_is_the_same_for_all_seeds():
     args, cpu = script.build_parser().parse_args(TINY.split()), torch.device("cpu")
-    whole = task.write_programs(args, 11, random.Random(args.seed), "mix")
-    for part in (slice(0, 6), slice(6, 11)):
-        processes = SimpleNamespace(shard=lambda count, part=part: part)
+    whole, test_set = task.write_programs(args, 11, random.Random(args.seed), "mix"), []
+    for part, tested in ((slice(0, 6), slice(0, 4)), (slice(6, 11), slice(4, 13))):
+        processes = SimpleNamespace(shard={11: part, 13: tested}.get)
         trained = task.LearningToExecute(None, args, cpu, processes)
         assert all(map(torch.equal, trained.next_batch()[0], encode(whole[part])))
+        test_set.append(trained.test_set)
     args.seed = 9
-    assert all(map(torch.equal, task.LearningToExecute(None, args, cpu).test_set, trained.test_set))
+    assert all(
+        map(
+            torch.equal,
+            task.LearningToExecute(None, args, cpu).test_set,
+            map(torch.cat, zip(*test_set, strict=True)),
+        )
+    )
 
 
 def test_both_models_learn_in_seconds(tmp_path):
