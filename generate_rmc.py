@@ -39,7 +39,7 @@ def build_parser() -> flags.Parser:
     option(source, "--threads", flags.thread_count, 1, "N", "CPU threads; 0 = all available cores")
     text = parser.add_argument_group("text")
     option(text, "--outf", None, "generated.txt", "FILE",
-           "output file, in UTF-8; - = print the whole text and write no file")
+           "output file, in UTF-8; - = print the full text and write no file")
     option(text, "--words", flags.positive_int, 1000, "N",
            "words per sample, including ends of lines and without the prompt")
     option(text, "--samples", flags.positive_int, 1, "N", "number of texts to write")

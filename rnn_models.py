@@ -32,7 +32,7 @@ class RNNLM(LanguageModel):
         hidden_size: hidden units per layer.
         num_layers: stacked layers.
         dropout_hidden: dropout probability between layers; no effect with a single layer.
-        fused: True runs the whole sequence in one call (cuDNN on a GPU), False runs a Python loop of cells
+        fused: True runs the full sequence in one call (cuDNN on a GPU), False runs a Python loop of cells
             with the same weights and the same results, to measure what the fused kernel saves.
         project: map the hidden units to the embedding's size before the output layer, as the RMC does; tied
             weights then work with any hidden_size.
