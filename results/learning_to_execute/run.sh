@@ -21,7 +21,7 @@ both() {
     done
 }
 
-kinds=(reverse addition copy control double program)
+kinds=(reverse copy control double program addition)
 case "$*" in
     paper)
         for kind in "${kinds[@]}"; do
