@@ -104,11 +104,7 @@ def load_model(
 def find_checkpoint(given: str | Path) -> Path:
     """Return the checkpoint that a path means: the file, or best.pt of a run folder."""
     path = Path(given)
-    if not path.is_dir():
-        return path
-    if not (path / "best.pt").is_file():
-        raise UserError(f"no best.pt in {path}. Name a run folder with a finished epoch, or a checkpoint.")
-    return path / "best.pt"
+    return path / "best.pt" if path.is_dir() else path
 
 
 # ---- the task

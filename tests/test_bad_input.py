@@ -166,9 +166,9 @@ REFUSED = [
     ("train_rnn", "--resume RUN --emsize 13", ["--emsize cannot change", "12", "13", "Omit --emsize"]),
     ("train_rnn", "--resume RUN --batch_size 64", ["--batch-size cannot change", "14", "64"]),  # the default
     ("train_nth_farthest", "--resume RUN --seed 3", ["--seed cannot change", "1111", "Omit --seed"]),
-    ("train_rnn", "--evaluate NONE", ["no checkpoint", "missing"]),
+    ("train_rnn", "--evaluate NONE", ["there is no checkpoint .*none"]),
     ("train_rnn", "--evaluate FILE", ["is not a checkpoint of this project"]),
-    ("train_rnn", "--evaluate EMPTY", ["no best.pt in", "Name a run folder"]),
+    ("train_rnn", "--evaluate EMPTY", ["there is no checkpoint .*empty/best.pt"]),
     ("train_rnn", "--evaluate NTH", ["kind 'nth_farthest', expected 'rmc' or 'rnn'"]),
     ("train_nth_farthest", "--evaluate OTHER", ["a run of train_rnn.py"]),
     ("generate_rmc", "--checkpoint NTH", ["kind 'nth_farthest', expected 'rmc' or 'rnn'"]),

@@ -97,9 +97,7 @@ def test_truncated_and_foreign_files_are_rejected(good, tmp_path):
     torch.save([1, 2], damaged)
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         load_checkpoint(damaged)
-    with pytest.raises(UserError, match="it is a folder"):
-        load_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="it is missing"):
+    with pytest.raises(UserError, match="there is no checkpoint .*none.pt"):
         load_checkpoint(tmp_path / "none.pt")
 
 

@@ -90,6 +90,30 @@ def test_threads_are_those_of_the_machine_or_the_flag(
     assert used == [threads] and capsys.readouterr().out == printed
 
 
+# ---- memory
+
+
+def test_freed_memory_is_kept_for_the_next_allocation():
+    """In another process: what other tests have left in the heap decides where pieces fit."""
+    program = """
+import resource, torch
+from training import devices
+
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.ones(48 << 20, dtype=torch.uint8)  # more than glibc keeps by default
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+returned, kept = faults(20), devices.keep_freed_memory()
+faults(20)  # glibc needs some aligned pieces before it finds a freed one that fits
+print(faults(20) < returned / 5 if kept else "no glibc")
+"""
+    home = Path(devices.__file__).parent.parent
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=home).stdout != "False\n"
+
+
 # ---- several GPUs in one process
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -180,7 +179,7 @@ def test_disk_without_any_space_ends_in_an_error(corpus, whole, tmp_path, monkey
             save(contents, file)
 
     monkeypatch.setattr(torch, "save", save_on_full_disk)
-    with pytest.raises(UserError, match="best.pt is missing: it was deleted or could not be written"):
+    with pytest.raises(UserError, match="there is no checkpoint .*best.pt.*unless the disk is full"):
         train(corpus, tmp_path)
     assert "there is no previous file, training continues" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "run")) == ["args.json", "log.jsonl"]
@@ -202,11 +201,3 @@ def test_run_folder_that_is_away_for_a_while(corpus, whole, tmp_path, monkeypatc
     assert train(corpus, tmp_path, *ALWAYS) == 0
     assert capsys.readouterr().err.count("could not write") == 1
     assert_same_run(whole, run)
-
-
-def test_run_folder_in_use_is_rejected(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in whole.iterdir()}
-    with runs.locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training in"):
-        train_rnn.main(["--resume", str(tmp_path / "run")])
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before

@@ -255,7 +255,7 @@ def test_show_evaluate_and_tools(tmp_path, capsys):
     ((value, text),) = plot_runs.reference_lines(run_files.read_runs([folder]))
     assert 10 < value < 30 and text == f"constant answer {value:.3g} %"
     (folder / "best.pt").unlink()
-    with pytest.raises(UserError, match="no best.pt yet"):
+    with pytest.raises(UserError, match="there is no checkpoint .*best.pt"):
         script.main(["--evaluate", str(folder)])
     with pytest.raises(UserError, match="--nesting: must be a whole number from 1 to 9, got '10'"):
         script.main(["--nesting", "10"])

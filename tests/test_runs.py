@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shlex
-import signal
 
 from training import flags, runs
 from training.console import UserError
@@ -60,39 +59,6 @@ def test_runs_folder_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Read-only file system. Choose another --runs-folder"):
         create(tmp_path, "run")
     assert os.listdir(tmp_path) == ["file"]
-
-
-# ---- locks
-
-
-def test_lock_of_a_killed_process_is_released(tmp_path):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with runs.locked(tmp_path):
-            os.write(writer, b"!")
-            signal.pause()
-    assert os.read(reader, 1) == b"!"
-    try:
-        with pytest.raises(UserError, match="another process is training in"), runs.locked(tmp_path):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(reader)
-        os.close(writer)
-    with runs.locked(tmp_path):
-        pass
-    assert os.listdir(tmp_path) == []
-
-
-def test_file_system_without_locks_triggers_a_warning(tmp_path, monkeypatch, capsys):
-    def refuse(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(runs.fcntl, "flock", refuse)
-    with runs.locked(tmp_path):
-        assert "cannot lock" in capsys.readouterr().err
 
 
 # ---- args.json and resumed arguments

@@ -202,7 +202,7 @@ def test_reported_speeds_norms_and_losses_are_those_of_their_steps(corpus_folder
 def test_only_full_batches_are_captured(corpus_folder, tmp_path, monkeypatch):
     captured = []
 
-    def capture_together(functions, device, on_failure, beside_threads):
+    def capture_together(functions, device, on_failure):
         first, *rest = functions
         return [lambda *inputs: (captured.append(inputs[0].shape), first(*inputs)), *rest]
 
@@ -227,7 +227,7 @@ def finished(tmp_path_factory):
 def test_a_finished_run_without_best_pt_says_so(finished, tmp_path):
     shutil.copytree(finished / "runs" / "train_rnn", tmp_path / "run")
     (tmp_path / "run" / "best.pt").unlink()
-    with pytest.raises(UserError, match="best.pt is missing"):
+    with pytest.raises(UserError, match="there is no checkpoint .*best.pt"):
         train_rnn.main(["--resume", str(tmp_path / "run")])
 
 

@@ -50,7 +50,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}: it is {'a folder' if path.is_dir() else 'missing'}.")
+        raise UserError(
+            f"there is no checkpoint {path}. A run writes best.pt at its first report or at the end of an "
+            "epoch, unless the disk is full."
+        )
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(contents, dict):

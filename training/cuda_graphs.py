@@ -37,7 +37,6 @@ class CapturedStep:
         function: takes tensors on the device; returns a tensor, a structure of tensors or None.
         device: where it computes.
         on_failure: called with the reason, in one line, when the capture fails. Later calls are eager.
-        beside_threads: whether other threads use the device too, as NCCL's watchdog does.
     """
 
     def __init__(
@@ -45,12 +44,10 @@ class CapturedStep:
         function: Callable[..., Any],
         device: torch.device,
         on_failure: Callable[[str], None] = print,
-        beside_threads: bool = False,
     ):
         self.function = function
         self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0', as tensors have it
         self.on_failure = on_failure
-        self.capture_error_mode = "thread_local" if beside_threads else "global"
         self.enabled = device.type == DEVICE_TYPE
         self.stream = torch.cuda.Stream(device) if self.enabled else None
         self.warmup_left = WARMUP_CALLS
@@ -94,10 +91,10 @@ class CapturedStep:
             gc.disable()
             graph = torch.cuda.CUDAGraph()
             # The outer `with` restores the stream: torch.cuda.graph alone does not when its end fails.
-            mode = self.capture_error_mode
+            # thread_local: other threads may use the device meanwhile, as NCCL's watchdog does.
             with (
                 torch.cuda.stream(self.stream),
-                torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
             ):
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
@@ -132,7 +129,6 @@ def capture_together(
     functions: Sequence[Callable[..., Any]],
     device: torch.device,
     on_failure: Callable[[str], None] = print,
-    beside_threads: bool = False,
 ) -> Sequence[Callable[..., Any]]:
     """Return captured steps of which either all are replayed or none; the functions themselves on a CPU.
 
@@ -147,5 +143,5 @@ def capture_together(
             step.give_up()
         on_failure(reason)
 
-    steps = [CapturedStep(function, device, failed, beside_threads) for function in functions]
+    steps = [CapturedStep(function, device, failed) for function in functions]
     return steps

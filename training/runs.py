@@ -28,11 +28,6 @@ from training.files import atomic_write
 import numpy as np
 import torch
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 VERSION = "2.0"  # of this project, noted in every run and checkpoint
 FILES = ("args.json", "log.jsonl", "best.pt", "last.pt")
 
@@ -114,31 +109,6 @@ def discard_run_folder(folder: Path) -> None:
         for path in (*(folder / name for name in FILES), *folder.glob(".*.tmp")):
             path.unlink(missing_ok=True)
         folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a run folder, so that no second process trains in it. The end of the process releases the lock.
-
-    Raises:
-        UserError: another process trains in the folder.
-    """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {folder}. Wait until it ends, or stop it, then resume."
-            ) from None
-        except OSError as error:  # a file system without locks
-            warn(f"cannot lock {folder} ({error.strerror}): make sure that no other process trains in it")
-        yield
-    finally:
-        os.close(handle)
 
 
 def newest_run(root: str | Path, scripts: Sequence[str]) -> Path | None:

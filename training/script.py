@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +45,12 @@ def open_best(
     """Return what --evaluate needs: arguments and best.pt of the run, and the device of this command line.
 
     Raises:
-        UserError: there is no such run, or it has no best.pt yet.
+        UserError: there is no such run, or it has no best.pt.
     """
     folder = Path(args.evaluate)
     of_run = flags.parse(script.parser, script.name, {"resume": str(folder)}, {}, script.resume_may_change)
     device = devices.choose_device(args.cuda, of_run.strict_float32)
     devices.choose_threads(args.threads, device)
-    if not (folder / "best.pt").is_file():
-        raise UserError(f"{folder} has no best.pt yet: it is written at the first report. Resume the run.")
     return of_run, device, checkpoints.load_checkpoint(folder / "best.pt", device)
 
 
@@ -90,31 +87,29 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
         )
     else:
         folder = Path(args.resume)
-    with runs.locked(folder) if processes.is_main else nullcontext():
-        trainer.folder = folder
-        if args.resume is not None:
-            resume(trainer, argv)
-        else:
-            print(f"run folder: {folder}", flush=True)
-        try:
-            finished = trainer.train(folder)
-        except BaseException:
-            # Any exception, KeyboardInterrupt included.
-            begun = trainer.position.step > trainer.position.interval_steps or (folder / "last.pt").exists()
-            if args.resume is None and processes.is_main and not begun:
-                runs.discard_run_folder(folder)
-            raise
-        if finished:
-            trainer.task.finish(trainer)
-            return 0
-        position = trainer.position
-        say(f"stopped by {trainer.interrupts.requested} at step {position.step:,}")
-        if position.best_step:
-            say(f"best {trainer.task.score_name.replace('_', ' ')} so far: {position.best_score:.4g}")
-            say(f"To measure the best model: {console.command(script.name, '--evaluate', folder)}")
-        launcher = processes.launcher
-        say(f"To resume: {console.command(script.name, '--resume', folder, launcher=launcher)}")
-        return trainer.interrupts.exit_status
+    trainer.folder = folder
+    if args.resume is not None:
+        resume(trainer, argv)
+    else:
+        print(f"run folder: {folder}", flush=True)
+    try:
+        finished = trainer.train(folder)
+    except BaseException:
+        # Any exception, KeyboardInterrupt included.
+        begun = trainer.position.step > trainer.position.interval_steps or (folder / "last.pt").exists()
+        if args.resume is None and processes.is_main and not begun:
+            runs.discard_run_folder(folder)
+        raise
+    if finished:
+        trainer.task.finish(trainer)
+        return 0
+    position = trainer.position
+    say(f"stopped by {trainer.interrupts.requested} at step {position.step:,}")
+    if position.best_step:
+        say(f"best {trainer.task.score_name.replace('_', ' ')} so far: {position.best_score:.4g}")
+        say(f"To measure the best model: {console.command(script.name, '--evaluate', folder)}")
+    say(f"To resume: {console.command(script.name, '--resume', folder, launcher=processes.launcher)}")
+    return trainer.interrupts.exit_status
 
 
 def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:

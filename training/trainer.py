@@ -195,7 +195,7 @@ class Trainer:
         captures = task.can_be_captured and not isinstance(self.optimizer, MuonWithAdam)
         if captures and not args.no_cuda_graph and self.replicas is self.model:
             parts = [self.whole_step] if alone and device.type == "cuda" else self.parts
-            self.captured_parts = capture_together(parts, device, warn, beside_threads=not alone)
+            self.captured_parts = capture_together(parts, device, warn)
         self.worst_score = -math.inf if task.higher_is_better else math.inf
         self.position = Position(self.worst_score)
         self.interrupts = console.Interrupts()
@@ -414,18 +414,8 @@ class Trainer:
         return saved is not None
 
     def load_best(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Return the contents of best.pt.
-
-        Raises:
-            UserError: best.pt is missing or cannot be read.
-        """
-        path = self.folder / "best.pt"
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing: it was deleted or could not be written. Resume the run, or start "
-                "a new one."
-            )
-        return checkpoints.load_checkpoint(path, device)
+        """Return the contents of best.pt."""
+        return checkpoints.load_checkpoint(self.folder / "best.pt", device)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Restore everything from a last.pt.
