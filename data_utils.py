@@ -413,11 +413,9 @@ def main(argv: list[str] | None = None) -> None:
         help="UTF-8 files, in order; a folder means its .txt files, sorted by name",
     )  # fmt: skip
     parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
+        "--out", type=Path, metavar="FOLDER",
         help="folder of the corpus (default: data/book for book.txt or a folder book)",
-    )
+    )  # fmt: skip
     parser.add_argument("--lower", action="store_true", help="convert to lower case")
     parser.add_argument(
         "--vocab-size", "--vocab_size", type=int, metavar="N",

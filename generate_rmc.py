@@ -176,12 +176,9 @@ def find_model(args: argparse.Namespace) -> Path:
             f"no trained model: no run of a language model in {args.runs_folder} has a best.pt. "
             "Train one first (python train_rmc.py), or name one with --checkpoint."
         )
-    data = runs.read_json(run / "args.json")["arguments"]["data"]
-    console.say(
-        f"checkpoint: {run / 'best.pt'}, trained on {data}; the newest model in {args.runs_folder}. "
-        "To use another: --checkpoint RUN_FOLDER"
-    )
-    return run / "best.pt"
+    path, data = run / "best.pt", runs.read_json(run / "args.json")["arguments"]["data"]
+    console.say(f"checkpoint: {path}, trained on {data} (the newest; others: --checkpoint RUN_FOLDER)")
+    return path
 
 
 def write_texts(args: argparse.Namespace) -> tuple[list[str], int]:

@@ -199,7 +199,7 @@ def test_default_is_the_best_model_of_the_newest_run(trained, tmp_path, monkeypa
     monkeypatch.chdir(root.parent)
     assert generate_rmc.main(["--words", "5"]) == 0  # into generated.txt here
     path = os.path.join("runs", "rmc-adaptive", "best.pt")
-    assert f"checkpoint: {path}, trained on of-rmc-adaptive; the newest" in capsys.readouterr().out
+    assert f"checkpoint: {path}, trained on of-rmc-adaptive (the newest" in capsys.readouterr().out
     text = (root.parent / "generated.txt").read_text(encoding="utf-8")
     assert len(text.replace("\n", " <eos> ").split()) == 6
     with pytest.raises(UserError, match="no trained model.*train_rmc.py"):

@@ -211,7 +211,7 @@ NTH += "--test-examples 50 --lr 0.01 --threads 1 --log-interval 4 --steps 12 --n
 KINDS = {
     "rmc": (train_rmc, f"{TEXT} --headsize 5 --numheads 2 --keysize 3 --memslots 2"),
     "cells": (train_rnn, f"{TEXT} --nhid 12"),
-    "cudnn": (train_rnn, f"{TEXT} --nhid 12 --cudnn"),
+    "cudnn": (train_rnn, f"{TEXT} --nhid 12 --cudnn --nlayers 2"),
     "nth rmc": (train_nth_farthest, NTH),
     "nth lstm": (train_nth_farthest, f"{NTH} --model lstm"),
 }
