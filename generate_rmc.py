@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -225,11 +224,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"written to {args.outf}")
     else:
         print(text, end="", flush=True)
-        error = getattr(sys.stdout, "error", None)
-        if error is not None and error.errno != errno.EPIPE:  # a reader such as head may stop early
-            raise UserError(
-                f"the text could not be written: {error.strerror}. Write it to a file with --outf."
-            )
     return status
 
 

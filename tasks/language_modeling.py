@@ -292,10 +292,8 @@ def loss_text(loss: float) -> str:
 
 def best_possible(folder: Path, split: str) -> str:
     """Return ' (best possible: PERPLEXITY)' if the corpus has an entropy.json, as data/tiny has; else ''."""
-    try:
-        return f" (best possible: {float(runs.read_json(folder / 'entropy.json')[split]['perplexity']):.2f})"
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+    path = folder / "entropy.json"
+    return f" (best possible: {runs.read_json(path)[split]['perplexity']:.2f})" if path.exists() else ""
 
 
 # ---- the scripts

@@ -418,7 +418,7 @@ def draw_attention(model: NthFarthestModel, inputs: Tensor, path: Path) -> None:
 
     Args:
         inputs: one sequence, (1, K, F).
-        path: the PNG to write. If matplotlib is missing or the file cannot be written, one line says so.
+        path: the PNG to write. If matplotlib is missing, one line says so.
     """
     try:
         from matplotlib.figure import Figure
@@ -441,9 +441,5 @@ def draw_attention(model: NthFarthestModel, inputs: Tensor, path: Path) -> None:
     figure.supxlabel(f"key: slots 1 to {rows - 1}, then the input (last column)", fontsize=8)
     figure.supylabel(f"query: slots 1 to {rows - 1}", fontsize=8)
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
-    try:
-        files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
-    except OSError as error:
-        say(f"no picture of the attention: cannot write {path} ({error.strerror or error})")
-    else:
-        say(f"attention on one example: {path}")
+    files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    say(f"attention on one example: {path}")

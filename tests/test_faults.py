@@ -11,7 +11,6 @@ import sys
 import threading
 
 from training import checkpoints, console, devices, runs
-from training.console import UserError
 
 import pytest
 import torch
@@ -169,35 +168,3 @@ def test_disk_that_is_full_for_a_while_changes_nothing(corpus, whole, tmp_path, 
     assert checkpoints.load_checkpoint(whole / "best.pt")["scores"]["epoch"] == 2
     assert_same_checkpoint(whole / "best.pt", tmp_path / "run" / "best.pt")
     assert numbers(whole) == numbers(tmp_path / "run")
-
-
-def test_disk_without_any_space_ends_in_an_error(corpus, whole, tmp_path, monkeypatch, capsys):
-    save = torch.save
-
-    def save_on_full_disk(contents, file):
-        with files_of_at_most(1000):
-            save(contents, file)
-
-    monkeypatch.setattr(torch, "save", save_on_full_disk)
-    with pytest.raises(UserError, match="there is no checkpoint .*best.pt.*unless the disk is full"):
-        train(corpus, tmp_path)
-    assert "there is no previous file, training continues" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path / "run")) == ["args.json", "log.jsonl"]
-    assert numbers(tmp_path / "run") == numbers(whole, "test")
-
-
-def test_run_folder_that_is_away_for_a_while(corpus, whole, tmp_path, monkeypatch, capsys):
-    run, away = tmp_path / "run", tmp_path / "away"
-    after_step(monkeypatch, 3, lambda: run.rename(away))
-    save = checkpoints.try_save_checkpoint
-
-    def returns_after_a_failure(path, contents):
-        saved = save(path, contents)
-        if not saved:
-            away.rename(run)
-        return saved
-
-    monkeypatch.setattr(checkpoints, "try_save_checkpoint", returns_after_a_failure)
-    assert train(corpus, tmp_path, *ALWAYS) == 0
-    assert capsys.readouterr().err.count("could not write") == 1
-    assert_same_run(whole, run)

@@ -1,10 +1,8 @@
 """generate_rmc.py: choosing words, carrying state, prompts, punctuation, files."""
 
-import errno
 import json
 import math
 import os
-import sys
 
 from training import checkpoints
 from training.console import UserError
@@ -213,14 +211,3 @@ def test_dash_prints_the_text_and_writes_no_file(trained, tmp_path, monkeypatch,
     text, messages = capsys.readouterr()
     assert "device: CPU" in messages and os.listdir(tmp_path) == []
     assert len(text.replace("\n", " <eos> ").split()) == 6  # the words and the end of the last line
-
-
-@pytest.mark.parametrize("number, refused", [(errno.ENOSPC, True), (errno.EPIPE, False)])
-def test_lost_output_is_an_error_unless_its_reader_stopped(trained, monkeypatch, number, refused):
-    monkeypatch.setattr(sys.stdout, "error", OSError(number, "lost"), raising=False)
-    argv = ["--checkpoint", str(trained["rnn"]), "--outf", "-", "--words", "2"]
-    if refused:
-        with pytest.raises(UserError, match="could not be written: lost"):
-            generate_rmc.main(argv)
-    else:
-        assert generate_rmc.main(argv) == 0

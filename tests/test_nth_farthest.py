@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from training import checkpoints, devices, flags, runs
+from training import checkpoints, flags, runs
 from training.console import UserError
 from training.muon import MuonWithAdam
 
@@ -168,14 +168,6 @@ def test_test_set_is_the_same_for_every_seed():
     assert torch.equal(build("--seed", 8).task.test_set[0], build("--seed", 9).task.test_set[0])
 
 
-def test_bf16_is_for_training_and_not_for_measuring():
-    trainer, seen = build("--bf16"), []
-    trainer.model.head[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    trainer.step()
-    trainer.task.test(nth_farthest.ALONE)
-    assert seen[0] == torch.bfloat16 and set(seen[1:]) == {torch.float32}
-
-
 # ---- the curriculum
 
 
@@ -295,14 +287,6 @@ def test_resume_on_another_kind_of_device_draws_other_examples(tmp_path, capsys)
     assert not torch.equal(seen, build().task.next_batch()[0][0])
 
 
-def test_stop_before_the_first_report_offers_no_best_model(tmp_path, monkeypatch, capsys):
-    after_step(monkeypatch, 3)
-    status, folder = train(tmp_path, "--steps", 100)
-    output = capsys.readouterr().out
-    assert status == 130 and "stopped by SIGINT at step 3" in output and "--resume" in output
-    assert "best" not in output and "--evaluate" not in output
-
-
 # ---- target accuracy and best.pt
 
 
@@ -378,17 +362,6 @@ def test_evaluate_repeats_the_final_report_and_changes_nothing(tmp_path, capsys)
     assert script.main(["--evaluate", str(folder)]) == 0
     assert report() == first and len(first) == 4
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_evaluate_takes_its_precision_from_the_run(tmp_path, monkeypatch, strict):
-    _, folder = train(tmp_path, "--steps", 5, *(["--strict-float32"] if strict else []))
-    asked = []
-    monkeypatch.setattr(
-        devices, "choose_device", lambda cuda, strict_float32: asked.append(strict_float32) or CPU
-    )
-    script.main(["--evaluate", str(folder), *([] if strict else ["--strict-float32"])])
-    assert asked == [strict]
 
 
 # ---- learning

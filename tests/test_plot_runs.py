@@ -114,17 +114,6 @@ def test_the_command_writes_a_png_whatever_the_names_and_the_notebook(tmp_path):
     assert "curves of 4 runs" in ran.stdout and "young: its log has no results yet" in ran.stderr
 
 
-def test_groups_with_the_same_label_are_drawn_as_one(tmp_path, monkeypatch):
-    paths = [nth_farthest_run(tmp_path, name, lr=lr) for lr, name in enumerate("abc")]
-    drawn = []
-    real = plot_runs.draw
-    monkeypatch.setattr(plot_runs, "draw", lambda *given: drawn.append(given) or real(*given))
-    plot_runs.draw_runs(paths, tmp_path / "x.png", labels=["both", "other", "both"])
-    ((groups, labels, *_),) = drawn
-    assert [[run.name for run in members] for members in groups] == [["a", "c"], ["b"]]
-    assert labels == ["both", "other"]
-
-
 def test_mistakes_are_answered(tmp_path, monkeypatch):
     good, words = nth_farthest_run(tmp_path, "good"), language_run(tmp_path, "lm", "train_rmc")
     for paths, out, more, message in [

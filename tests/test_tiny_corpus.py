@@ -74,16 +74,6 @@ def test_word_probabilities_equal_those_of_an_exhaustive_reader():
         assert probability == pytest.approx(mass[n + 1] / mass[n], rel=1e-9), (n, word)
 
 
-def test_options_with_common_first_words_share_their_weight():
-    def word_probabilities(index):
-        teller = Teller(lambda weights: index)
-        teller.pick({"the old cat": 1, "the old dog": 2, "the end": 3, "a cat": 4})
-        return teller.words
-
-    assert word_probabilities(1) == [("the", 6 / 10), ("old", 3 / 6), ("dog", 2 / 3)]
-    assert word_probabilities(3) == [("a", 4 / 10), ("cat", 1.0)]
-
-
 # ---- the files
 
 

@@ -57,15 +57,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 # ---- the script's main program
 
 
-def print_error(message: str) -> None:
-    """Print the message that a script ends with."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-
-
 def run_script(
     main: Callable[[], int | None],
     lower: str = "the batch size",
-    report: Callable[[str], None] = print_error,
+    report: Callable[[str], None] = lambda text: print(f"error: {text}", file=sys.stderr, flush=True),
 ) -> NoReturn:
     """Run a script's `main` and exit with its status. Expected failures print one message, no traceback.
 
@@ -107,7 +102,6 @@ class LastingStream:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.error: OSError | None = None  # the first failure
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -125,7 +119,6 @@ class LastingStream:
         try:
             write()
         except OSError as error:
-            self.error = error
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())  # later writes, and the flush at exit, succeed
             os.close(null)

@@ -38,12 +38,9 @@ def choose_device(cuda: bool, strict_float32: bool = False, own_gpu: int | None 
         torch.set_flush_denormal(True)
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        why = (
-            "torch was installed without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
-        )
         raise UserError(
-            f"--cuda was given but {why} (torch {torch.__version__}). Omit --cuda to run on the CPU, or "
-            "install a CUDA build of torch and check that nvidia-smi lists the GPU."
+            f"--cuda was given but torch {torch.__version__} finds no usable GPU. Omit --cuda to run on the "
+            "CPU, or install a CUDA build of torch and check that nvidia-smi lists the GPU."
         )
     torch.set_float32_matmul_precision("highest" if strict_float32 else "high")
     torch.backends.cudnn.allow_tf32 = not strict_float32

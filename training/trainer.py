@@ -329,11 +329,9 @@ class Trainer:
 
     def diverged(self, what: str) -> None:
         """Raise the UserError of a run whose numbers are no longer finite."""
-        last = self.folder / "last.pt"
-        kept = f"{last} was written before that" if last.exists() else "No checkpoint had been written yet"
         raise UserError(
-            f"training has diverged: the {what}, at step {self.position.step:,}. {kept}. Start a new run "
-            f"with {self.task.lower}."
+            f"training has diverged: the {what}, at step {self.position.step:,}. The checkpoints in "
+            f"{self.folder} are of earlier steps. Start a new run with {self.task.lower}."
         )
 
     def start_interval(self) -> None:
