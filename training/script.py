@@ -85,13 +85,10 @@ def run(script: Script, argv: Sequence[str] | None) -> int:
         folder = processes.broadcast(
             lambda: runs.create_run_folder(args.runs_folder, args.name, script.name, record)
         )
-    else:
-        folder = Path(args.resume)
-    trainer.folder = folder
-    if args.resume is not None:
-        resume(trainer, argv)
-    else:
         print(f"run folder: {folder}", flush=True)
+    else:
+        folder = trainer.folder = Path(args.resume)
+        resume(trainer, argv)
     try:
         finished = trainer.train(folder)
     except BaseException:
