@@ -172,7 +172,7 @@ def test_reported_speeds_norms_and_losses_are_those_of_their_steps(corpus_folder
     monkeypatch.setattr(language_modeling, "evaluate", slow_evaluate)
     after_step(monkeypatch, 17)
     _, folder = run(train_rnn, corpus_folder, tmp_path / "runs", "--epochs", "2")
-    now[0] += 5000  # between the two sessions, and the interrupted run's test of its best model
+    now[0] += 5000  # between the two sessions
     assert train_rnn.main(["--resume", str(folder)]) == 0
 
     counts = [210] * 11 + [69] + [210] * 11 + [69]  # targets of each step
