@@ -37,14 +37,8 @@ from relational_rnn_general import as_integer
 
 SCRIPT = "train_learning_to_execute"
 MODELS = ("rmc", "lstm")
-CORE_DEFAULTS = relational_rnn_models.CORE_DEFAULTS | {
-    "mem_slots": 4,
-    "head_size": 128,
-    "num_heads": 4,
-    "gate_style": "memory",
-    "attention_mlp_layers": 2,
-    "key_size": None,
-}
+CORE_DEFAULTS = relational_rnn_models.CORE_DEFAULTS | {"mem_slots": 4, "head_size": 128, "num_heads": 4}
+CORE_DEFAULTS |= {"gate_style": "memory", "attention_mlp_layers": 2, "key_size": None}
 CHARACTERS = string.digits + string.ascii_lowercase + "+-*=<>(): \n"  # of programs
 END = "."
 SYMBOLS = string.digits + END  # of answers

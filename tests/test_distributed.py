@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import tasks.nth_farthest
+import train_learning_to_execute
 import train_nth_farthest
 import train_rmc
 import train_rnn
@@ -44,11 +45,16 @@ CASES = {
     "rmc adaptive": ("rmc", f"{ADAPTIVE} --schedule cosine --warmup 3"),
     "rnn": ("rnn", "--average ema --average-decay 0.9"),
 }
-NTH = "--num-vectors 3 --num-dims 2 --memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 24 "
-NTH += "--test-examples 50 --lr 0.01 --log-interval 5 --steps 15 --threads 1"
-NTH_CASES = {"nth rmc": "", "nth lstm": "--model lstm --nhid 9"}
+STEPS = "--memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 24 --test-examples 50 --lr 0.01 "
+STEPS += "--log-interval 5 --steps 15 --threads 1"
+NTH = f"{STEPS} --num-vectors 3 --num-dims 2"
+STEP_CASES = {
+    "nth rmc": (train_nth_farthest, NTH),
+    "nth lstm": (train_nth_farthest, f"{NTH} --model lstm --nhid 9"),
+    "execute": (train_learning_to_execute, f"{STEPS} --program-kind control --nesting 1 --length 2"),
+}
 if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-    NTH_CASES["nth muon"] = "--optimizer muon"
+    STEP_CASES["nth muon"] = (train_nth_farthest, f"{NTH} --optimizer muon")
 
 
 def write_text(folder):
@@ -77,10 +83,11 @@ def language_trainer(folder, processes, kind, flags="--dropout 0"):
     return trainer
 
 
-def nth_trainer(processes, flags):
-    args = train_nth_farthest.build_parser().parse_args([*NTH.split(), *flags.split()])
+def step_trainer(processes, case, flags=""):
+    script, own = STEP_CASES[case]
+    args = script.build_parser().parse_args([*own.split(), *flags.split()])
     torch.manual_seed(args.seed)
-    return train_nth_farthest.build(args, CPU, processes)
+    return script.build(args, CPU, processes)
 
 
 def trained(folder, trainer):
@@ -118,10 +125,11 @@ def all_cases(folder, processes, more=""):
         results[case] = trained(own / case, trainer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks.nth_farthest, "make_batch", double_batch)
-        build = train_nth_farthest.build_model
-        patch.setattr(train_nth_farthest, "build_model", lambda args: build(args).double())
-        for case, flags in NTH_CASES.items():
-            results[case] = trained(own / case, nth_trainer(processes, f"{flags} {more}"))
+        for script in (train_nth_farthest, train_learning_to_execute):
+            build = script.build_model
+            patch.setattr(script, "build_model", lambda args, build=build: build(args).double())
+        for case in STEP_CASES:
+            results[case] = trained(own / case, step_trainer(processes, case, more))
     return results
 
 
@@ -142,7 +150,7 @@ def group_cases(folder, processes):
     results["draws"] = torch.rand(3)
     again.restore(last)
     results["parts"] = trained(own / "parts", again)
-    offers = nth_trainer(processes, "")
+    offers = step_trainer(processes, "nth rmc")
     offers.folder = own
     # Process 1 rounds differently: it would keep the second model, and not the third.
     scores = zip([0.5, 0.5, 0.5 + 1e-9], [0.5, 0.5 + 1e-9, 0.5], strict=True)
@@ -296,8 +304,8 @@ def test_three_processes_equal_one(groups, folder, case):
     assert checkpoints.load_checkpoint(own / "best.pt")["scores"]["step"] == a["position"]["best_step"]
 
 
-@pytest.mark.parametrize("case", NTH_CASES)
-def test_nth_farthest_three_processes_equal_one(groups, folder, case):
+@pytest.mark.parametrize("case", STEP_CASES)
+def test_tasks_of_fresh_examples_three_processes_equal_one(groups, folder, case):
     """On the examples that one process draws; accuracies are counts and equal exactly."""
     for results in groups[3]:
         assert_same(results[case], groups[1][0][case], 1e-7, 1e-6)  # the loss is in float32

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import write_corpus
 
+import train_learning_to_execute
 import train_nth_farthest
 import train_rmc
 import train_rnn
@@ -206,14 +207,16 @@ def test_losses_on_a_gpu_equal_those_on_a_cpu(cutoffs, chunk, monkeypatch):
 
 TEXT = "--epochs 2 --batch-size 8 --bptt 4 --eval-batch-size 2 --emsize 12 --dropout 0 --threads 1 "
 TEXT += "--log-interval 5 --strict-float32"
-NTH = "--num-vectors 3 --num-dims 2 --memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 12 "
-NTH += "--test-examples 50 --lr 0.01 --threads 1 --log-interval 4 --steps 12 --nhid 9 --strict-float32"
+STEPS = "--memslots 4 --numheads 2 --headsize 5 --outputunits 7 --batch-size 12 --test-examples 50 --lr 0.01 "
+STEPS += "--threads 1 --log-interval 4 --steps 12 --nhid 9 --strict-float32"
+NTH = f"{STEPS} --num-vectors 3 --num-dims 2"
 KINDS = {
     "rmc": (train_rmc, f"{TEXT} --headsize 5 --numheads 2 --keysize 3 --memslots 2"),
     "cells": (train_rnn, f"{TEXT} --nhid 12"),
     "cudnn": (train_rnn, f"{TEXT} --nhid 12 --cudnn --nlayers 2"),
     "nth rmc": (train_nth_farthest, NTH),
     "nth lstm": (train_nth_farthest, f"{NTH} --model lstm"),
+    "execute": (train_learning_to_execute, f"{STEPS} --program-kind control --nesting 1 --length 2"),
 }
 ALL = ["rmc", "cells", "cudnn"]
 NTH_ALL = ["nth rmc", "nth lstm"]
@@ -223,6 +226,7 @@ AVERAGE = "--dropout 0.3 --average ema --average-decay 0.9"
 STAGES = "--curriculum 2x2 3x1 --curriculum-accuracy 0.01"
 CASES = [(kind, flags) for kind in ALL for flags in ("", MASKS, RATES, "--bf16")]
 CASES += [(kind, flags) for kind in NTH_ALL for flags in ("", STAGES, "--bf16")]
+CASES += [("execute", flags) for flags in ("", "--bf16", "--model lstm")]
 # Not for cuDNN, whose own dropout is seeded once in a process.
 CASES += [("rmc", AVERAGE), ("cells", AVERAGE), *((kind, "--accumulate 4") for kind in KINDS)]
 
@@ -236,7 +240,7 @@ def train(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         script, sizes = KINDS[kind]
         argv = [*sizes.split(), *" ".join(flags).split(), *(["--cuda"] if gpus else [])]
-        argv += [] if "nth" in kind else ["--data", str(corpus)]
+        argv += ["--data", str(corpus)] if kind in ALL else []
         assert script.main([*argv, "--runs-folder", str(tmp_path), "--name", name]) == 0
         gc.collect()  # a captured step and its owner refer to each other
         return numbers(tmp_path / name)

@@ -205,34 +205,14 @@ def test_processes_divide_the_batch_and_the_test_set_which_is_the_same_for_all_s
         assert all(map(torch.equal, trained.next_batch()[0], encode(whole[part])))
         test_set.append(trained.test_set)
     args.seed = 9
-    assert all(
-        map(
-            torch.equal,
-            task.LearningToExecute(None, args, cpu).test_set,
-            map(torch.cat, zip(*test_set, strict=True)),
-        )
-    )
+    whole = task.LearningToExecute(None, args, cpu).test_set
+    assert all(map(torch.equal, whole, map(torch.cat, zip(*test_set, strict=True))))
 
 
 def test_both_models_learn_in_seconds(tmp_path):
     for kind in ("rmc", "lstm"):
-        flags = [
-            "--length",
-            2,
-            "--steps",
-            250,
-            "--batch-size",
-            64,
-            "--nhid",
-            32,
-            "--headsize",
-            16,
-            "--clip",
-            1,
-        ]
-        _, folder = train(
-            tmp_path, "--model", kind, *flags, "--outputunits", 64, "--log-interval", 200, name=kind
-        )
+        flags = "--length 2 --steps 250 --batch-size 64 --nhid 32 --headsize 16 --clip 1 --outputunits 64"
+        _, folder = train(tmp_path, "--model", kind, *flags.split(), "--log-interval", 200, name=kind)
         final = runs.read_log(folder / "log.jsonl")[-1]
         assert final["event"] == "final" and final["examples"] == 130
         assert final["accuracy"] > 0.9 and final["chance"] < 0.3

@@ -17,7 +17,9 @@ source results/train.sh
 both() {
     for seed in $SEEDS; do
         train train_learning_to_execute "$1-rmc-seed$seed" "${@:2}" --seed "$seed"
-        train train_learning_to_execute "$1-lstm-seed$seed" "${@:2}" --model lstm --lr 0.01 --seed "$seed"
+        lr=0.01
+        if [[ $1 == addition ]]; then lr=0.004; fi
+        train train_learning_to_execute "$1-lstm-seed$seed" "${@:2}" --model lstm --lr $lr --seed "$seed"
     done
 }
 
