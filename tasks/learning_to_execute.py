@@ -113,9 +113,7 @@ def longest(kind: str, nesting: int, length: int) -> tuple[int, int]:
     if kind in STRINGS:
         return length, len(STRINGS[kind](digits)) + 1
     operands = ["", digits, digits, digits]  # the first is the result so far
-    added = [
-        (lines + result).format(*operands, v="v", n=4 * length) for _, lines, result, _ in OPERATIONS[kind]
-    ]
+    added = [(lines + text).format(*operands, v="v", n=4 * length) for _, lines, text, _ in OPERATIONS[kind]]
     return length + nesting * max(map(len, added)), length + 2
 
 
