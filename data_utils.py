@@ -161,7 +161,7 @@ def find_folder(data: str) -> Path:
     raise UserError(
         f"no folder {data!r:.300}, and none of that name in {DATA_FOLDER}. Expected a folder with train.txt, "
         "valid.txt and test.txt, the bundled corpus 'tiny', or one that can be downloaded: "
-        f"{', '.join(map(repr, download.PUBLISHED))}."
+        f"{', '.join(map(repr, download.PUBLISHED))}. If it was moved, give its new folder with --data."
     )
 
 

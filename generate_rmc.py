@@ -212,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
     args = build_parser().parse_args(argv)
     to_file = args.outf != "-"
+    if to_file and (Path(args.outf).is_dir() or not Path(args.outf).absolute().parent.is_dir()):
+        raise UserError(f"--outf {args.outf} is a folder, or is in a folder that does not exist.")
     # With --outf -, standard output gets the text and nothing else.
     with contextlib.nullcontext() if to_file else contextlib.redirect_stdout(sys.stderr):
         texts, status = write_texts(args)

@@ -97,7 +97,7 @@ def trained(tmp_path_factory):
 # ---- values of flags, by kind
 
 NOT_NUMBERS = ["x", "", " ", "nan", "inf", "-inf", "1e999", "0xf", "1,5", "½"]
-# Type of value: smallest accepted, largest accepted, refused besides NOT_NUMBERS.
+# Type of value: smallest accepted, largest accepted, rejected besides NOT_NUMBERS.
 KINDS = {
     flags.positive_int: ("1", "2147483647", ["0", "-1", "1.5", "2147483648"]),
     flags.layer_count: ("1", "1000", ["0", "-1", "1.5", "1001"]),
@@ -114,9 +114,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_types_of_flags_accept_their_range_and_nothing_else(kind):
-    low, high, refused = KINDS[kind]
+    low, high, rejected = KINDS[kind]
     assert [kind(low), kind(high)] == [float(low), float(high)]
-    for value in [*NOT_NUMBERS, *refused]:
+    for value in [*NOT_NUMBERS, *rejected]:
         with pytest.raises(argparse.ArgumentTypeError, match="must be .*, got " + re.escape(repr(value))):
             kind(value)
 
@@ -131,7 +131,7 @@ def test_every_flag_that_takes_a_number_has_one_of_these_types(script, answer):
 
 # ---- flags that contradict each other or name what does not exist
 
-REFUSED = [
+REJECTED = [
     ("train_rnn", "--cutoffs 10", ["--cutoffs requires --adaptivesoftmax", "omit --cutoffs"]),
     ("train_rmc", "--adaptivesoftmax --cutoffs 20 10", ["increasing", r"got \[20, 10\]", "Try --cutoffs"]),
     ("train_rmc", "--adaptivesoftmax --data BLANK", ["at least 2 words, got 1"]),
@@ -158,7 +158,7 @@ REFUSED = [
     ("train_rnn", "--accumulate 3", ["--batch-size 14 is not a multiple of 3", "Try 12 or 15"]),
     ("train_rmc", "--data NONE", ["no folder", "none"]),
     ("train_rmc", "--resume FILE", ["file is not a run folder", "Name the folder of a run"]),
-    ("train_rmc", "--resume EMPTY", ["not a run folder: there is no .*args.json"]),
+    ("train_rmc", "--resume EMPTY", ["not a run folder: it has no valid args.json"]),
     ("train_rmc", "--resume BEGUN", ["there is no .*last.pt: the run ended before its first save"]),
     ("train_rmc", "--resume OTHER", ["a run of train_rnn.py, not of train_rmc.py"]),
     ("train_rnn", "--resume RUN --emsize 13", ["--emsize cannot change", "12", "13", "Omit --emsize"]),
@@ -170,6 +170,7 @@ REFUSED = [
     ("train_rnn", "--evaluate NTH", ["kind 'nth_farthest', expected 'rmc' or 'rnn'"]),
     ("train_nth_farthest", "--evaluate OTHER", ["a run of train_rnn.py"]),
     ("generate_rmc", "--checkpoint NTH", ["kind 'nth_farthest', expected 'rmc' or 'rnn'"]),
+    ("generate_rmc", "--checkpoint NTH --outf EMPTY", ["empty is a folder"]),
     ("train_rnn", "--model CNN", ["--model", "'CNN'", "LSTM"]),
     ("train_rmc", "--batch 3", ["unrecognized arguments: --batch"]),  # abbreviations are not guessed
     ("train_rnn", "--lr 1e30", ["diverged", "lower --lr"]),
@@ -194,7 +195,7 @@ def test_flags_that_cannot_be_followed_are_rejected(script, answer, monkeypatch,
     places["BEGUN"].mkdir(parents=True)
     shutil.copy(trained["train_rmc"] / "args.json", places["BEGUN"])
     monkeypatch.chdir(tmp_path)
-    for name, line, patterns in REFUSED:
+    for name, line, patterns in REJECTED:
         if name != script:
             continue
         words = re.sub(r"\b[A-Z]+\b", lambda m: str(places.get(m[0], m[0])), line).split()

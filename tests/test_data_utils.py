@@ -176,7 +176,7 @@ def test_words_of_a_line(tmp_path, text, expected):
 
 
 CONVERT = r"If it has another encoding, convert it, .*: iconv -f CP1252 -t UTF-8 valid.txt > "
-REFUSED = {
+REJECTED = {
     "empty": (b"", "is empty"),
     "Latin-1": (b"caf\xe9 au lait\n", r"byte 3 is 0xe9\. Expected plain text\. " + CONVERT),
     "Windows-1252": ("Don\u2019t \u2013 \u201chéhé\u201d\n".encode("cp1252"), "byte 3 is 0x92.*" + CONVERT),
@@ -187,10 +187,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", REJECTED)
 @pytest.mark.parametrize("block", [16, 1 << 20])
 def test_files_that_are_not_utf8_are_rejected_with_advice(tmp_path, monkeypatch, kind, block):
-    text, message = REFUSED[kind]
+    text, message = REJECTED[kind]
     monkeypatch.setattr(data_utils, "BLOCK_BYTES", block)
     with pytest.raises(UserError, match=message) as error:
         load_corpus(str(write(tmp_path / "c", valid=text)))

@@ -412,7 +412,7 @@ def test_bug_in_one_process_ends_all_with_its_traceback(corpus_folder, tmp_path)
 
 
 def test_environment_of_torchrun_is_recognized(monkeypatch):
-    torchrun = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    torchrun = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
     for environment, found in (
         ({}, ALONE),
         ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "h"}, ALONE),

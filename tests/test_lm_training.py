@@ -351,7 +351,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_pat
 
     monkeypatch.setattr(trainer.task, "losses", spoilt)
     monkeypatch.setattr(console.Alarm, "due", due)
-    message = "diverged: the sum of the losses .* is nan.*checkpoints in .* are of earlier steps.*lower --lr"
+    message = "diverged: the sum of the losses .* is nan.*lower --lr"
     with pytest.raises(UserError, match=message):
         trainer.train(tmp_path)
     assert kept and kept == {name: (tmp_path / name).read_bytes() for name in kept}

@@ -111,7 +111,7 @@ def test_the_command_writes_a_png_whatever_the_names_and_the_notebook(tmp_path):
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert "curves of 4 runs" in ran.stdout and "young: its log has no results yet" in ran.stderr
+    assert "curves of 4 runs" in ran.stdout and "young: its log has no finished epoch" in ran.stderr
 
 
 def test_mistakes_are_answered(tmp_path, monkeypatch):

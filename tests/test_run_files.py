@@ -55,7 +55,7 @@ def test_a_folder_means_the_runs_and_studies_in_it(tmp_path, capsys):
     (root / "other.jsonl").write_text('{"flags": "--lr 1"}\n')
     (make_run(root / "begun") / "log.jsonl").write_text('{"event": "train", "step": 10}\n')
     assert names([root, root / "a"]) == ["a", "b", "c", "packed"]
-    assert "begun: its log has no results yet" in capsys.readouterr().err
+    assert "begun: its log has no finished epoch" in capsys.readouterr().err
 
 
 def test_a_run_of_a_study_can_be_named_with_its_study(tmp_path):

@@ -110,7 +110,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         if run.find(*(("valid", "epoch") if words else ("train", "test_accuracy"))):
             found.setdefault(run.path.resolve(), run)
         else:
-            print(f"skipped {run.path}: its log has no results yet", file=sys.stderr)
+            print(f"skipped {run.path}: its log has no finished epoch and no test accuracy", file=sys.stderr)
     if not found:
         raise UserError("no run with results found. Give run folders, folders with runs or study files.")
     names = Counter(run.name for run in found.values())

@@ -100,8 +100,10 @@ class LastingStream:
     failure on, all output is discarded; log.jsonl has the numbers.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
+        with contextlib.suppress(AttributeError):  # not a file, as in tests
+            self.stream.reconfigure(errors="backslashreplace")  # a letter that the terminal cannot show
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

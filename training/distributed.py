@@ -189,13 +189,13 @@ def from_environment() -> Processes:
     # Clusters and containers set some of the variables for a single process too.
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return ALONE
-    try:
-        return Processes(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    except KeyError as missing:
-        raise UserError(
-            f"the environment sets WORLD_SIZE but not {missing.args[0]}. Start with torchrun "
-            "--nproc-per-node=N SCRIPT.py ..., or unset WORLD_SIZE to train in one process."
-        ) from None
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"the environment sets WORLD_SIZE but not {name}. Start with torchrun "
+                "--nproc-per-node=N SCRIPT.py ..., or unset WORLD_SIZE to train in one process."
+            )
+    return Processes(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def start(args: argparse.Namespace) -> tuple[torch.device, Processes]:

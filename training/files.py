@@ -32,7 +32,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, target)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = error.filename or os.fspath(path)  # a full disk has no file name
+            error.filename = os.fspath(path)  # not that of the temporary file, or none for a full disk
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise

@@ -153,7 +153,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     option(run, "--seed", seed_int, 1111, "N", "seed of all random numbers")
     switch(run, "--cuda", "train on all visible GPUs (default: on the CPU)")
-    option(run, "--threads", thread_count, 0, "N", "CPU threads; 0 = all available cores")
+    option(run, "--threads", thread_count, 0, "N", "CPU threads; 0 = all available cores, with --cuda one")
     option(run, "--log-interval", positive_int, 100, "STEPS", "training steps between two log entries")
     option(run, "--name", None, None, None, "name of the run's folder (default: script, date and time)")
     option(run, "--runs-folder", None, "runs", "FOLDER", "folder in which run folders are created")

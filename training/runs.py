@@ -118,8 +118,9 @@ def newest_run(root: str | Path, scripts: Sequence[str]) -> Path | None:
 
 
 def _script_of(folder: Path) -> str | None:
-    path = folder / "args.json"
-    return read_json(path)["script"] if path.exists() else None
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return read_json(folder / "args.json")["script"]
+    return None
 
 
 # ---- args.json
@@ -159,15 +160,12 @@ def saved_arguments(folder: Path, script: str) -> dict[str, Any]:
     Raises:
         UserError: the folder is not a run of this script.
     """
-    path = folder / "args.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: there is no {path}. Name the folder of a run.")
-    record = read_json(path)
-    if record["script"] != script:
-        raise UserError(
-            f"{folder} is a run of {record['script']}.py, not of {script}.py. Use {record['script']}.py."
-        )
-    return record["arguments"]
+    found = _script_of(folder)
+    if found is None:
+        raise UserError(f"{folder} is not a run folder: it has no valid args.json. Name the folder of a run.")
+    if found != script:
+        raise UserError(f"{folder} is a run of {found}.py, not of {script}.py. Use {found}.py.")
+    return read_json(folder / "args.json")["arguments"]
 
 
 def describe_environment() -> dict[str, Any]:

@@ -124,4 +124,4 @@ def resume(trainer: Trainer, argv: Sequence[str] | None) -> None:
         runs.RunLog(folder / "log.jsonl").write("resume", **trainer.task.log_fields(), step=step)
     print(f"run folder: {folder}, resumed at step {step:,}", flush=True)
     if trainer.task.finished(step):
-        print("nothing to train: the run is finished. To train longer, raise --epochs or --steps.")
+        print("nothing to train: the run is finished.")

@@ -330,8 +330,8 @@ class Trainer:
     def diverged(self, what: str) -> None:
         """Raise the UserError of a run whose numbers are no longer finite."""
         raise UserError(
-            f"training has diverged: the {what}, at step {self.position.step:,}. The checkpoints in "
-            f"{self.folder} are of earlier steps. Start a new run with {self.task.lower}."
+            f"training has diverged: the {what}, at step {self.position.step:,}. Start a "
+            f"new run with {self.task.lower}."
         )
 
     def start_interval(self) -> None:

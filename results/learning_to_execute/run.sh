@@ -5,7 +5,7 @@
 #   SEEDS="1 2 3" results/learning_to_execute/run.sh copy reverse
 #   DEVICE=--cuda results/learning_to_execute/run.sh paper    the paper's sizes and steps; not run yet
 #
-# Settings: OUT (runs/learning_to_execute), SEEDS (1), MINUTES, DEVICE and PYTHON, see results/train.sh.
+# Settings: OUT (runs/learning_to_execute), SEEDS (1), MINUTES, DEVICE and PYTHON (results/train.sh explains them).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/learning_to_execute}

@@ -5,7 +5,7 @@
 #   results/nth_farthest/curriculum.sh                  all runs, one after the other; a table at the end
 #   results/nth_farthest/curriculum.sh seed1 lstm       some runs
 #
-# Settings: OUT (runs/curriculum), MINUTES and PYTHON, see results/train.sh.
+# Settings: OUT (runs/curriculum), MINUTES and PYTHON (results/train.sh explains them).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/curriculum}
@@ -19,17 +19,9 @@ run() {
     train "${SCRIPT:-train_nth_farthest}" "$1" --recipe curriculum "${@:2}"
 }
 
-# longer NAME STEPS: resume a finished run up to STEPS. The learning rate rises to the cosine of the new length.
-longer() {
-    if [[ $chosen != "  " && $chosen != *" $1 "* ]] || grep -q "\"final\", \"step\": $2," "$OUT/$1/log.jsonl"; then return; fi
-    limited "$PYTHON" train_nth_farthest.py --resume "$OUT/$1" --steps "$2"
-}
-
-run seed1 --seed 1 --steps 22000
-longer seed1 30000
-run seed2 --seed 2 --steps 30000
-longer seed2 50000
-run seed3 --seed 3 --steps 30000
+run seed1 --seed 1
+run seed2 --seed 2 --steps 55000
+run seed3 --seed 3
 run wide --seed 1 --numheads 8 --outputunits 256
 run lstm --seed 1 --model lstm --nhid 300
 run adam --seed 1 --optimizer adam

@@ -1,4 +1,4 @@
-"""Where trained models of the full task err: by n, by the step that shows m, by how close the distances are.
+"""Errors of trained models of the full task: by n, by the step that shows m, by how close the distances are.
 
 Example: python results/nth_farthest/errors.py results/nth_farthest/model
 """

@@ -6,7 +6,7 @@
 #   results/nth_farthest/sweep.sh           all settings, one run after the other; a table at the end
 #   results/nth_farthest/sweep.sh base      some settings
 #
-# Settings: OUT (runs/sweep), MINUTES and PYTHON, see results/train.sh.
+# Settings: OUT (runs/sweep), MINUTES and PYTHON (results/train.sh explains them).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/sweep}

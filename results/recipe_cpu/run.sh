@@ -3,7 +3,7 @@
 # of regularization at a time. The runs *-recipe, *-ar-tar, *-windows, *-embedding-lr-* and *-all used flags that are no
 # longer here; `git show 799a55e:results/recipe_cpu/run.sh` has their commands.
 #
-# Settings: OUT (runs/recipe_cpu), MINUTES and PYTHON, see results/train.sh.
+# Settings: OUT (runs/recipe_cpu), MINUTES and PYTHON (results/train.sh explains them).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/recipe_cpu}

@@ -5,7 +5,7 @@
 #   results/wikitext2/run_gpu.sh original recipe    some stages; with several GPUs, start one call for each, with its
 #                                                   own CUDA_VISIBLE_DEVICES and other stages
 #
-# Settings: OUT (runs/wikitext2), MINUTES, DEVICE (--cuda) and PYTHON, see results/train.sh; EPOCHS of every run, for a
+# Settings: OUT (runs/wikitext2), MINUTES, DEVICE (--cuda) and PYTHON (results/train.sh); EPOCHS of every run, for a
 # rehearsal.
 #
 # Stages, in order:

@@ -3,7 +3,7 @@
 #
 #   small_rates  learning rates of the models of 2.90M parameters, on a fifth of the training text
 #   changes      these models with one change at a time, one epoch; the runs *-embedding-lr-* used a flag that is no
-#                longer here, see this file at 799a55e
+#                longer here; this file at 799a55e has it
 #   seeds        these models, three epochs, three seeds
 #   rates        learning rates of the models of 10.7M parameters, on the same fifth
 #   pair         the models of 10.7M parameters with the best rate, EPOCHS epochs
